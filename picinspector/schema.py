@@ -1,0 +1,116 @@
+"""Names and Arrow schemas of the three tables: manifest, embeddings, scores.
+
+One row is one image in each of them. A row that has no values has `error_kind` and `error_message` instead.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+#: The six quality attributes, SPAQ's names and order (Fang et al. 2020). 0-100, and HIGH IS GOOD in each: `noisiness`
+#: is high for a CLEAN photo, `brightness` is the quality of the exposure, not its luminance.
+ATTRIBUTES: tuple[str, ...] = ("mos", "brightness", "colorfulness", "contrast", "noisiness", "sharpness")
+
+#: SPAQ's nine scene classes, in the order of the head's logits.
+SCENES: tuple[str, ...] = (
+    "animal",
+    "cityscape",
+    "human",
+    "indoor",
+    "landscape",
+    "night",
+    "plant",
+    "still_life",
+    "other",
+)
+
+#: Pixel measurements taken by `measure`, each a float32 column `measured_<name>` of the embeddings table.
+MEASUREMENTS: tuple[str, ...] = (
+    "sharpness",
+    "noise",
+    "brightness",
+    "contrast",
+    "colorfulness",
+    "clipped_highlights",
+    "clipped_shadows",
+)
+
+_UTC = pa.timestamp("us", tz="UTC")
+
+
+def _field(name: str, kind: pa.DataType, text: str, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable, metadata={"description": text})
+
+
+MANIFEST = pa.schema(
+    [
+        _field("image_id", pa.string(), "hash of (uri, etag), 32 hex digits; a changed object is a new image", False),
+        _field("uri", pa.string(), "where the photo is; any fsspec URL, or an absolute path", False),
+        _field("etag", pa.string(), "the store's own version tag, else size and mtime in ns; null if the photo is missing"),
+        _field("size_bytes", pa.int64(), "size of the file, bytes"),
+        _field("last_modified", _UTC, "when the file was last written"),
+    ]
+)
+
+_IDENTITY = [*MANIFEST, _field("run_id", pa.string(), "the run that wrote this row", False)]
+_ERROR = [
+    _field("error_kind", pa.string(), "why this photo has no values; null where it has"),
+    _field("error_message", pa.string(), "one line saying what was wrong with the photo"),
+]
+
+FACTS = pa.schema(
+    [
+        _field("width", pa.int32(), "upright width, px"),
+        _field("height", pa.int32(), "upright height, px"),
+        _field("format", pa.string(), "container format by content, e.g. JPEG, PNG, HEIF"),
+        _field("captured_at", pa.timestamp("us"), "EXIF DateTimeOriginal, camera's local time"),
+        _field("camera", pa.string(), "EXIF Make and Model"),
+        _field("lens", pa.string(), "EXIF LensModel"),
+        _field("iso", pa.int32(), "EXIF ISO speed"),
+        _field("exposure_s", pa.float32(), "EXIF exposure time, s"),
+        _field("f_number", pa.float32(), "EXIF f-number"),
+        _field("focal_length_mm", pa.float32(), "EXIF focal length, mm"),
+        _field("phash", pa.uint64(), "64-bit DCT perceptual hash; compare by Hamming distance"),
+    ]
+)
+
+_MEASURED = {
+    "sharpness": "variance of the Laplacian of luma 0-255 (Pech-Pacheco et al. 2000)",
+    "noise": "noise sigma of luma 0-255 (Immerkaer 1996)",
+    "brightness": "mean luma, 0-1",
+    "contrast": "RMS contrast: standard deviation of luma, 0-1 (Peli 1990)",
+    "colorfulness": "M3 of Hasler and Suesstrunk (2003), about 0-110",
+    "clipped_highlights": "share of pixels with any channel >= 254, 0-1",
+    "clipped_shadows": "share of pixels with every channel <= 1, 0-1",
+}
+MEASUREMENT_FIELDS = pa.schema([_field(f"measured_{name}", pa.float32(), _MEASURED[name]) for name in MEASUREMENTS])
+
+
+def embeddings(clip_dim: int, dinov2_dim: int) -> pa.Schema:
+    """Schema of the embeddings table for encoders of these output widths."""
+    return pa.schema(
+        [
+            *_IDENTITY,
+            *FACTS,
+            *MEASUREMENT_FIELDS,
+            _field("clip_embedding", pa.list_(pa.float16(), clip_dim), "CLIP image embedding, L2-normalised"),
+            _field("dinov2_embedding", pa.list_(pa.float16(), dinov2_dim), "DINOv2 embedding, L2-normalised"),
+            _field("encoder_fingerprint", pa.string(), "hash of all that determines the embeddings", False),
+            *_ERROR,
+        ]
+    )
+
+
+SCORES = pa.schema(
+    [
+        *_IDENTITY,
+        _field("quality_score", pa.float32(), "perceived quality, 1 (bad) to 10 (excellent)"),
+        _field("predicted_mos", pa.float32(), "the scorer's estimate in its training scale"),
+        _field("scorer_kind", pa.string(), "lightgbm, or zero_shot where the bundle has no trained scorer"),
+        *[_field(f"attribute_{name}", pa.float32(), f"SPAQ {name}, 0-100, high is good") for name in ATTRIBUTES],
+        _field("scene", pa.string(), "the most probable of nine scenes"),
+        *[_field(f"scene_{name}", pa.float32(), f"probability of {name}, 0-1") for name in SCENES],
+        _field("scorer_fingerprint", pa.string(), "hash of all that determines the scores", False),
+        *_ERROR,
+    ]
+)
