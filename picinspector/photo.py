@@ -1,0 +1,348 @@
+"""One photo: from bytes to upright sRGB pixels, facts and small crops. The only file that knows Pillow's formats.
+
+A photo is decoded once. JPEGs are decoded at the smallest DCT scale (1/2, 1/4, 1/8) that still covers the largest crop,
+which costs a mean error of about 0.6/255 against the full decode and saves three quarters of the time on 12 megapixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import imagehash
+import numpy as np
+import pillow_heif
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from picinspector.errors import ErrorKind, PhotoError
+
+#: Measurements are taken at this shorter side so that cameras of any resolution compare.
+WORKING_PX = 512
+
+#: What Pillow may try. A short list keeps rarely exercised decoders away from untrusted bytes.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "DIB", "GIF")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
+
+RAW_SUFFIXES = frozenset(
+    {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".iiq", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"}
+)
+PHOTO_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".png", ".apng", ".webp", ".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif"}
+)
+
+# Our own limit is checked on every header (`Limits.max_pixels`); Pillow's would refuse panoramas we mean to read.
+Image.MAX_IMAGE_PIXELS = None
+# libheif turns and mirrors the picture itself and reports orientation 1.
+pillow_heif.register_heif_opener()
+
+
+@dataclass(frozen=True, slots=True)
+class CropSpec:
+    """The picture an encoder wants: the photo resized, then a square cut from its centre.
+
+    Attributes:
+        resize_px: side after resizing. `shortest`: the shorter side, aspect kept. `squash`: both sides.
+        crop_px: side of the centre square, `<= resize_px`.
+        resample: `bicubic`, `bilinear` or `lanczos`, antialiased.
+        mode: `shortest` or `squash`.
+    """
+
+    resize_px: int
+    crop_px: int
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    mode: Literal["shortest", "squash"] = "shortest"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a photo may cost before it is refused."""
+
+    max_bytes: int = 512 * 1024**2
+    max_pixels: int = 300_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """A decoded photo.
+
+    Attributes:
+        facts: a value or None for every name in `schema.FACTS`.
+        working: uint8 sRGB (H, W, 3), shorter side `WORKING_PX` or less (never upscaled).
+        crops: one uint8 sRGB (S, S, 3) for each `CropSpec` asked for.
+    """
+
+    facts: dict[str, Any]
+    working: np.ndarray
+    crops: list[np.ndarray]
+
+
+def decode(data: bytes, crops: Sequence[CropSpec], limits: Limits = Limits(), suffix: str = "") -> Photo:
+    """Decode a photo upright, in sRGB, once.
+
+    Args:
+        data: the whole file.
+        crops: what to cut for the encoders.
+        limits: refused beyond these.
+        suffix: the file name's extension; tells camera raw from TIFF, which look alike. Otherwise content decides.
+
+    Raises:
+        PhotoError: whatever is wrong with the bytes; never anything else.
+    """
+    if not data:
+        raise PhotoError(ErrorKind.EMPTY, "the file is empty")
+    if len(data) > limits.max_bytes:
+        raise PhotoError(ErrorKind.TOO_MANY_BYTES, f"{len(data)} bytes, the limit is {limits.max_bytes}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about metadata; it belongs to the photo, not in our log
+            need_px = max([WORKING_PX, *(spec.resize_px for spec in crops)])
+            if suffix.lower() in RAW_SUFFIXES:
+                image, facts = _open_raw(data, limits)
+            else:
+                image, facts = _open(data, limits, need_px)
+            image = _to_srgb(image)
+            image = _shrink(image, need_px)
+            working = _resize_shortest(image, min(WORKING_PX, min(image.size)), Image.Resampling.BICUBIC)
+            facts["phash"] = _phash(working)
+            return Photo(facts, np.asarray(working), [np.asarray(_crop(image, spec)) for spec in crops])
+    except PhotoError:
+        raise
+    except Exception as error:
+        raise _as_photo_error(error, data) from error
+
+
+def _as_photo_error(error: Exception, data: bytes) -> PhotoError:
+    """Pillow and its codecs raise nearly anything on hostile bytes; here it becomes this photo's error."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        known = data.startswith(_MAGIC) or data[4:8] == b"ftyp"
+        kind = ErrorKind.CORRUPT if known else ErrorKind.UNKNOWN_FORMAT
+        return PhotoError(kind, "damaged header" if known else "not a photo format this program reads")
+    if isinstance(error, MemoryError):
+        return PhotoError(ErrorKind.INTERNAL, "out of memory while decoding")
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return PhotoError(ErrorKind.TRUNCATED, f"the file ends early: {text}")
+    return PhotoError(ErrorKind.CORRUPT, f"cannot be decoded: {text}")
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width < 1 or height < 1:
+        raise PhotoError(ErrorKind.CORRUPT, f"the header says {width}x{height} pixels")
+    if width * height > limits.max_pixels:
+        raise PhotoError(
+            ErrorKind.TOO_MANY_PIXELS,
+            f"{width}x{height} is {width * height / 1e6:.0f} megapixels, the limit is {limits.max_pixels / 1e6:.0f}",
+        )
+
+
+def _open(data: bytes, limits: Limits, need_px: int) -> tuple[Image.Image, dict[str, Any]]:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    width, height = image.size
+    _check_pixels(width, height, limits)
+    exif = _exif(image)
+    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation)) if image.format != "HEIF" else None
+    if turn in _SIDEWAYS:
+        width, height = height, width
+    facts = _facts(exif, image.format or "", width, height)
+    if image.format in ("JPEG", "MPO"):
+        image.draft(None, (need_px, need_px))
+    image.load()
+    return (image.transpose(turn) if turn is not None else image), facts
+
+
+def _open_raw(data: bytes, limits: Limits) -> tuple[Image.Image, dict[str, Any]]:
+    try:
+        import rawpy
+    except ImportError as error:
+        message = "camera raw needs an extra package: pip install 'picinspector[raw]'"
+        raise PhotoError(ErrorKind.UNKNOWN_FORMAT, message) from error
+    try:
+        with rawpy.imread(io.BytesIO(data)) as raw:
+            height, width = raw.sizes.height, raw.sizes.width
+            _check_pixels(width, height, limits)
+            # Half size skips demosaicing; no camera has so few pixels that this goes below a crop.
+            pixels = raw.postprocess(use_camera_wb=True, half_size=True, output_bps=8)
+            if raw.sizes.flip in (5, 6):
+                width, height = height, width
+    except rawpy.LibRawError as error:
+        raise PhotoError(ErrorKind.CORRUPT, f"camera raw cannot be decoded: {error}") from error
+    try:
+        exif = _exif(Image.open(io.BytesIO(data), formats=("TIFF",)))
+    except (OSError, SyntaxError, ValueError):
+        exif = Image.Exif()  # CR3 and RAF are not TIFF: the pixels count, the facts are a gift
+    return Image.fromarray(pixels), _facts(exif, "RAW", width, height)
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+_TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = {_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]}
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to 8-bit sRGB: high bit depths scaled, alpha over white, the ICC profile applied."""
+    icc = image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.has_transparency_data or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")  # palette, YCbCr, LAB, HSV
+    transform = _icc_transform(icc, image.mode) if icc else None
+    if transform is not None:
+        converted = ImageCms.applyTransform(image, transform)
+        assert converted is not None  # only None in place
+        return converted
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Greyscale of a higher bit depth to 0-255. Integers are taken as 16-bit unless they go beyond, floats as 0-1."""
+    if np.issubdtype(values.dtype, np.floating):
+        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+        top = 1.0 if values.size == 0 or values.max() <= 1.0 else 255.0
+    else:
+        top = 65535.0 if values.max(initial=0) <= 65535 else float(2**31 - 1)
+    return np.clip(values * (255.0 / top) + 0.5, 0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=32)
+def _icc_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB, or None where there is nothing to do or the profile is unusable (then sRGB is assumed)."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+def _shrink(image: Image.Image, need_px: int) -> Image.Image:
+    """Box-reduce by a whole factor while twice the needed side remains: what DCT scaling does, for other formats."""
+    factor = min(image.size) // (2 * need_px)
+    return image.reduce(factor) if factor >= 2 else image
+
+
+def _resize_shortest(image: Image.Image, side_px: int, resample: Image.Resampling) -> Image.Image:
+    # Truncation of the longer side as torchvision's Resize does it, so that crops match the models' own transforms.
+    width, height = image.size
+    if width <= height:
+        size = (side_px, max(1, int(side_px * height / width)))
+    else:
+        size = (max(1, int(side_px * width / height)), side_px)
+    return image if size == image.size else image.resize(size, resample)
+
+
+def _crop(image: Image.Image, spec: CropSpec) -> Image.Image:
+    resample = Image.Resampling[spec.resample.upper()]
+    if spec.mode == "squash":
+        resized = image.resize((spec.resize_px, spec.resize_px), resample)
+        left, top = (spec.resize_px - spec.crop_px) // 2, (spec.resize_px - spec.crop_px) // 2
+    else:
+        # Only the square's surroundings are resized: a 1 x 4000 strip must not become 224 x 896,000.
+        width, height = image.size
+        longest = min(width, height) * 4
+        if max(width, height) > longest:
+            x, y = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+            image = image.crop((x, y, x + min(width, longest), y + min(height, longest)))
+        resized = _resize_shortest(image, spec.resize_px, resample)
+        left = round((resized.width - spec.crop_px) / 2.0)
+        top = round((resized.height - spec.crop_px) / 2.0)
+    return resized.crop((left, top, left + spec.crop_px, top + spec.crop_px))
+
+
+def _phash(working: Image.Image) -> int:
+    """64-bit DCT perceptual hash (imagehash's `phash`; Zauner 2010, section 3.2.1)."""
+    bits = imagehash.phash(working).hash.flatten()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    try:
+        return image.getexif()
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        return Image.Exif()
+
+
+def _facts(exif: Image.Exif, format_name: str, width: int, height: int) -> dict[str, Any]:
+    try:
+        shot: dict[int, Any] = exif.get_ifd(ExifTags.IFD.Exif)
+    except Exception:  # as above
+        shot = {}
+    tag = ExifTags.Base
+    return {
+        "width": width,
+        "height": height,
+        "format": "JPEG" if format_name == "MPO" else format_name,
+        "captured_at": _value(_time, shot.get(tag.DateTimeOriginal), shot.get(tag.SubsecTimeOriginal)),
+        "camera": _value(_camera, exif.get(tag.Make), exif.get(tag.Model)),
+        "lens": _value(_text, shot.get(tag.LensModel)),
+        "iso": _value(_iso, shot.get(tag.ISOSpeedRatings)),
+        "exposure_s": _value(_positive, shot.get(tag.ExposureTime)),
+        "f_number": _value(_positive, shot.get(tag.FNumber)),
+        "focal_length_mm": _value(_positive, shot.get(tag.FocalLength)),
+        "phash": None,
+    }
+
+
+def _value(parse: Callable[..., Any], *raw: Any) -> Any:
+    """What a camera wrote, or None: EXIF holds anything, and no fact is worth a photo."""
+    try:
+        return parse(*raw)
+    except (ValueError, TypeError, ArithmeticError, IndexError, UnicodeError):
+        return None
+
+
+def _text(raw: Any) -> str | None:
+    text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+    if not isinstance(text, str):
+        return None
+    return " ".join(re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", text).split())[:120] or None
+
+
+def _camera(make: Any, model: Any) -> str | None:
+    maker, name = _text(make), _text(model)
+    if maker and name and name.lower().startswith(maker.split()[0].lower()):
+        return name
+    return " ".join(part for part in (maker, name) if part) or None
+
+
+def _time(raw: Any, subsec: Any) -> datetime | None:
+    text = _text(raw)
+    if text is None:
+        return None
+    fraction = re.sub(r"\D", "", _text(subsec) or "")[:6].ljust(6, "0")
+    return datetime.strptime(text[:19], "%Y:%m:%d %H:%M:%S").replace(microsecond=int(fraction))
+
+
+def _iso(raw: Any) -> int | None:
+    value = int(raw[0] if isinstance(raw, tuple | list) else raw)
+    return value if 0 < value < 2**31 else None
+
+
+def _positive(raw: Any) -> float | None:
+    value = float(raw)
+    return value if math.isfinite(value) and 0 < value < 1e9 else None
