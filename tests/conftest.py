@@ -1,0 +1,35 @@
+"""Fixtures that more than one test file needs, and the list of services at the end of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests import s3_server as s3
+from tests import services
+
+# Before anything imports pyarrow.fs or botocore: both read these once.
+os.environ.update(s3.ENVIRONMENT)
+for inherited in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+    os.environ.pop(inherited, None)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3.S3Server]:
+    """A running S3 server: Ceph radosgw where it is installed, else moto's."""
+    with s3.start() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: s3.S3Server) -> str:
+    """An empty bucket of this test's own."""
+    return s3_server.make_bucket()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what stood behind each service, so that a green run with a mock does not read like one with a server."""
+    for line in services.USED:
+        terminalreporter.write_line(line)
