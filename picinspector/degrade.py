@@ -48,7 +48,7 @@ def noise(image: np.ndarray, severity: float, seed: int = 0) -> np.ndarray:
     height, width = image.shape[:2]
     scale = max(1.0, min(height, width) / REFERENCE_PX)
     grain_size = (max(1, round(width / scale)), max(1, round(height / scale)))
-    grain = np.random.default_rng(seed).standard_normal((grain_size[1], grain_size[0], 3), dtype=np.float32)
+    grain: np.ndarray = np.random.default_rng(seed).standard_normal((grain_size[1], grain_size[0], 3), dtype=np.float32)
     if grain_size != (width, height):
         grain = cv2.resize(grain, (width, height), interpolation=cv2.INTER_NEAREST)
     light = _TO_LINEAR[image]  # (H, W, 3), 0-1
@@ -57,12 +57,16 @@ def noise(image: np.ndarray, severity: float, seed: int = 0) -> np.ndarray:
 
 def underexpose(image: np.ndarray, severity: float, seed: int = 0) -> np.ndarray:
     """Too little light: up to 4 stops, in linear light."""
-    return image.copy() if _is_none(image, severity) else _to_srgb(_TO_LINEAR[image] * 2.0 ** (-_UNDER_STOPS * severity))
+    if _is_none(image, severity):
+        return image.copy()
+    return _to_srgb(_TO_LINEAR[image] * 2.0 ** (-_UNDER_STOPS * severity))
 
 
 def overexpose(image: np.ndarray, severity: float, seed: int = 0) -> np.ndarray:
     """Too much light: up to 3 stops, in linear light, clipped at white."""
-    return image.copy() if _is_none(image, severity) else _to_srgb(_TO_LINEAR[image] * 2.0 ** (_OVER_STOPS * severity))
+    if _is_none(image, severity):
+        return image.copy()
+    return _to_srgb(_TO_LINEAR[image] * 2.0 ** (_OVER_STOPS * severity))
 
 
 def jpeg(image: np.ndarray, severity: float, seed: int = 0) -> np.ndarray:
@@ -116,7 +120,8 @@ def _is_none(image: np.ndarray, severity: float) -> bool:
 
 def _jpeg_roundtrip(image: np.ndarray, quality: int) -> np.ndarray:
     _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    coded: np.ndarray = cv2.imdecode(data, cv2.IMREAD_COLOR)  # type: ignore[assignment]
+    return cv2.cvtColor(coded, cv2.COLOR_BGR2RGB)
 
 
 def _to_srgb(light: np.ndarray) -> np.ndarray:
