@@ -1,0 +1,225 @@
+"""Any fsspec URL: opening it, fetching photos from it concurrently, and keeping its secrets out of messages."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+
+import fsspec
+import fsspec.asyn
+import fsspec.core
+
+from picinspector.errors import ErrorKind, PhotoError, StorageError
+
+#: Requests in flight for one batch: enough to hide object-store latency, few enough to share a node's network.
+CONCURRENCY = 32
+_ATTEMPTS = 3
+_BACKOFF_S = 0.5
+_TIMEOUT_S = 60.0
+
+#: Query parameters that carry a signature or a key (AWS, Google, Azure, and the plain words).
+_SECRET_PARAMETERS = frozenset(
+    {"x-amz-signature", "x-amz-credential", "x-amz-security-token", "x-goog-signature", "x-goog-credential"}
+    | {"signature", "sig", "awsaccesskeyid", "token", "access_token", "key", "api_key", "apikey"}
+)
+
+
+def open_filesystem(
+    url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem behind a URL and the path in it.
+
+    Args:
+        url: any fsspec URL, or a local path.
+        options: fsspec storage options; ignored for local paths, so that one set serves a library and a destination.
+
+    Raises:
+        StorageError: unknown protocol, or a package for it is not installed.
+    """
+    text = os.fspath(url)
+    try:
+        if is_local(text):
+            return fsspec.filesystem("file"), local_path(text)
+        return fsspec.core.url_to_fs(text, **(options or {}))  # type: ignore[no-any-return]
+    except (ValueError, ImportError, TypeError) as error:
+        raise StorageError(f"cannot open {redact(text)}: {redact(str(error))}") from error
+
+
+def is_local(url: str) -> bool:
+    """True for a plain path and for `file://`."""
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def local_path(url: str) -> str:
+    """The absolute path of a local URL. `file://` URLs are percent-encoded, plain paths are taken as they are."""
+    if "://" in url:
+        return os.fsdecode(unquote_to_bytes(urlsplit(url).path))
+    return os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111  (strings throughout, as fsspec has them)
+
+
+def to_uri(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+    """How tables name a file: its URL; a plain absolute path where it is local (`file://` if its name is not UTF-8)."""
+    if "file" not in _protocols(filesystem):
+        return str(filesystem.unstrip_protocol(path))
+    try:
+        path.encode("utf-8")
+        return path
+    except UnicodeEncodeError:
+        from pathlib import Path
+
+        return Path(path).as_uri()
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def redact(text: str) -> str:
+    """Text without passwords in URLs and without query strings, where signatures live."""
+    text = re.sub(r"(\w+://)[^@/\s]+@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", text)
+
+
+def is_signed(uri: str) -> bool:
+    """True if a URI carries a signature, a key or a password, which must never reach a table."""
+    if "://" not in uri or is_local(uri):
+        return False
+    parts = urlsplit(uri)
+    return "@" in parts.netloc or any(key.lower() in _SECRET_PARAMETERS for key, _ in parse_qsl(parts.query))
+
+
+def fetch(
+    uris: Sequence[str], options: Mapping[str, Any] | None = None, max_bytes: int = 512 * 1024**2
+) -> list[bytes | PhotoError]:
+    """Read whole files concurrently; a failure is that file's value, never an exception.
+
+    Throttling, time-outs and resets are tried again, `_ATTEMPTS` times in all, with exponential backoff and jitter.
+
+    Returns:
+        one entry per URI, in order.
+    """
+    results: list[bytes | PhotoError] = [PhotoError(ErrorKind.INTERNAL, "not fetched")] * len(uris)
+    local = [index for index, uri in enumerate(uris) if is_local(uri)]
+    remote: dict[str, list[int]] = {}
+    for index, uri in enumerate(uris):
+        if not is_local(uri):
+            remote.setdefault(uri.split("://", 1)[0], []).append(index)
+    if local:
+        with ThreadPoolExecutor(min(CONCURRENCY, len(local))) as pool:
+            files = pool.map(lambda index: _attempt(lambda: _read_local(uris[index], max_bytes)), local)
+            for index, content in zip(local, files, strict=True):
+                results[index] = content
+    for indices in remote.values():
+        for index, content in zip(indices, _fetch_remote([uris[i] for i in indices], options, max_bytes), strict=True):
+            results[index] = content
+    return results
+
+
+def _fetch_remote(
+    uris: Sequence[str], options: Mapping[str, Any] | None, max_bytes: int
+) -> Sequence[bytes | PhotoError]:
+    try:
+        filesystem, _ = open_filesystem(uris[0], options)
+    except StorageError as error:
+        return [PhotoError(ErrorKind.STORAGE, str(error))] * len(uris)
+    paths = [str(filesystem._strip_protocol(uri)) for uri in uris]
+    if isinstance(filesystem, fsspec.asyn.AsyncFileSystem) and not filesystem.asynchronous:
+        fetched = fsspec.asyn.sync(filesystem.loop, _fetch_async, filesystem, paths, max_bytes)
+        return list(fetched)
+    with ThreadPoolExecutor(min(CONCURRENCY, len(paths))) as pool:
+        read = pool.map(lambda path: _attempt(lambda: filesystem.cat_file(path, end=max_bytes + 1)), paths)
+        return list(read)
+
+
+async def _fetch_async(
+    filesystem: fsspec.asyn.AsyncFileSystem, paths: Sequence[str], max_bytes: int
+) -> list[bytes | PhotoError]:
+    gate = asyncio.Semaphore(CONCURRENCY)
+
+    async def one(path: str) -> bytes | PhotoError:
+        async with gate:
+            return await _attempt_async(lambda: _read_remote(filesystem, path, max_bytes))
+
+    return await asyncio.gather(*(one(path) for path in paths))
+
+
+async def _read_remote(filesystem: fsspec.asyn.AsyncFileSystem, path: str, max_bytes: int) -> bytes:
+    # A range guards against a file far larger than its listing said; servers answer 416 to a range of nothing.
+    try:
+        content = await asyncio.wait_for(filesystem._cat_file(path, start=0, end=max_bytes + 1), _TIMEOUT_S)
+    except OSError as error:
+        if "InvalidRange" not in f"{error} {error.__cause__!r}" and "not satisfiable" not in str(error).lower():
+            raise
+        return b""
+    return bytes(content)
+
+
+def _read_local(uri: str, max_bytes: int) -> bytes:
+    with open(local_path(uri), "rb") as file:  # noqa: PTH123
+        return file.read(max_bytes + 1)
+
+
+def _attempt(read: Callable[[], bytes]) -> bytes | PhotoError:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return read()
+        except Exception as error:  # the row boundary: whatever storage raises is this photo's error
+            failure = to_photo_error(error)
+        if not failure.kind.transient or attempt == _ATTEMPTS:
+            break
+        time.sleep(_backoff_s(attempt))
+    return failure
+
+
+async def _attempt_async(read: Callable[[], Awaitable[bytes]]) -> bytes | PhotoError:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return await read()
+        except Exception as error:  # the row boundary, as above
+            failure = to_photo_error(error)
+        if not failure.kind.transient or attempt == _ATTEMPTS:
+            break
+        await asyncio.sleep(_backoff_s(attempt))
+    return failure
+
+
+def _backoff_s(attempt: int) -> float:
+    return _BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+
+
+_THROTTLED = re.compile(r"slow\s?down|reduce your request rate|throttl|too many requests|serviceunavailable", re.I)
+_BY_STATUS = {401: ErrorKind.ACCESS_DENIED, 403: ErrorKind.ACCESS_DENIED, 404: ErrorKind.NOT_FOUND}
+_BY_STATUS |= {408: ErrorKind.TIMEOUT, 429: ErrorKind.THROTTLED, 503: ErrorKind.THROTTLED, 504: ErrorKind.TIMEOUT}
+
+
+def to_photo_error(error: Exception) -> PhotoError:
+    """What a storage library raised, as a photo's error with a kind that tells transient from permanent."""
+    return PhotoError(_kind(error), redact(f"{type(error).__name__}: {error}"))
+
+
+def _kind(error: Exception) -> ErrorKind:
+    name, status = type(error).__name__, getattr(error, "status", None)
+    if isinstance(status, int) and status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if _THROTTLED.search(str(error)) or getattr(error, "errno", None) == errno.EBUSY:
+        return ErrorKind.THROTTLED
+    if isinstance(error, FileNotFoundError):
+        return ErrorKind.NOT_FOUND
+    if isinstance(error, PermissionError) or name in ("NoCredentialsError", "PartialCredentialsError"):
+        return ErrorKind.ACCESS_DENIED
+    if isinstance(error, TimeoutError) or "timeout" in name.lower():
+        return ErrorKind.TIMEOUT
+    # aiohttp's and botocore's connection errors share no base class with Python's.
+    broken = any(part in name for part in ("Connect", "Disconnected", "Payload", "IncompleteRead", "ResponseStreaming"))
+    if broken or isinstance(error, ConnectionError) or (isinstance(status, int) and status >= 500):
+        return ErrorKind.CONNECTION
+    return ErrorKind.STORAGE

@@ -1,0 +1,155 @@
+"""The destination: where tables and run records lie, which runs are committed, and the latest row of each photo.
+
+::
+
+    <dest>/runs/<run_id>/run.json            written last: the commit
+    <dest>/runs/<run_id>/manifest/*.parquet  what the run had to do
+    <dest>/embeddings/run_id=<run_id>/*.parquet
+    <dest>/scores/run_id=<run_id>/*.parquet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet
+
+from picinspector.errors import StorageError, TableError, UsageError
+from picinspector.storage import is_local, open_filesystem, redact, to_photo_error
+
+TableName = Literal["embeddings", "scores"]
+
+
+def new_run_id() -> str:
+    """A run id that sorts by time: `20261122T160512Z-3f9a1c`."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+class Destination:
+    """A prefix or folder that holds the tables of one library.
+
+    Attributes:
+        url: as given, without secrets; for messages and records.
+        filesystem: the fsspec filesystem it is on.
+        root: its path on that filesystem.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
+        self.url = redact(os.fspath(url))
+        self.filesystem, root = open_filesystem(url, options)
+        self.root = root.rstrip("/")
+        # Another process may have written since: a cached listing would show yesterday's runs.
+        self.filesystem.invalidate_cache()
+
+    def table_path(self, table: TableName, run_id: str) -> str:
+        """Folder of one run's rows of a table."""
+        return f"{self.root}/{table}/run_id={run_id}"
+
+    def manifest_path(self, run_id: str) -> str:
+        """Folder of one run's manifest."""
+        return f"{self.root}/runs/{run_id}/manifest"
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            StorageError: that failed.
+        """
+        probe = f"{self.root}/.picinspector-{secrets.token_hex(4)}"
+        try:
+            self.filesystem.makedirs(self.root, exist_ok=True)
+            self.filesystem.pipe_file(probe, b"x")
+            self.filesystem.rm_file(probe)
+        except Exception as error:  # any storage library's own type; all mean the same to the user
+            reason = to_photo_error(error).message
+            raise StorageError(f"cannot write to {self.url}: {reason}; check the path and the credentials") from error
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def commit(self, record: Mapping[str, Any]) -> None:
+        """Write the run record: from now on readers honour the run."""
+        path = f"{self.root}/runs/{record['run_id']}/run.json"
+        content = json.dumps(record, indent=2, default=str).encode()
+        self.filesystem.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120
+        if is_local(path):
+            # A rename is atomic; object stores publish whole objects by themselves.
+            self.filesystem.pipe_file(f"{path}.tmp", content)
+            self.filesystem.mv(f"{path}.tmp", path)
+        else:
+            self.filesystem.pipe_file(path, content)
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Run records of all committed runs, oldest first."""
+        paths = self.filesystem.glob(f"{self.root}/runs/*/run.json")
+        contents = self.filesystem.cat(paths) if paths else {}
+        if isinstance(contents, bytes):  # fsspec gives the bytes alone for a single path on some filesystems
+            contents = {paths[0]: contents}
+        return sorted((json.loads(content) for content in contents.values()), key=lambda record: record["run_id"])
+
+    # --- tables -------------------------------------------------------------------------------------------------------
+
+    def write_manifest(self, run_id: str, tables: Iterable[pa.Table]) -> int:
+        """Write the manifest shards of a run; returns the number of rows."""
+        folder, rows = self.manifest_path(run_id), 0
+        self.filesystem.makedirs(folder, exist_ok=True)
+        for index, table in enumerate(tables):
+            with self.filesystem.open(f"{folder}/shard-{index:06d}.parquet", "wb") as file:
+                pa.parquet.write_table(table, file)
+            rows += table.num_rows
+        return rows
+
+    def files(self, folder: str) -> list[str]:
+        """Parquet files below a folder, sorted; none if it is not there."""
+        return sorted(self.filesystem.glob(f"{folder}/*.parquet"))
+
+    def dataset(self, table: TableName, run_ids: Sequence[str]) -> pa.dataset.Dataset | None:
+        """One table's rows of these runs, or None where they wrote no file of it."""
+        files = [file for run_id in run_ids for file in self.files(self.table_path(table, run_id))]
+        return pa.dataset.dataset(files, filesystem=self.filesystem, format="parquet") if files else None
+
+    def latest(self, table: TableName, columns: Sequence[str]) -> pa.Table:
+        """The newest committed row of each photo.
+
+        Args:
+            table: which table.
+            columns: what to read of it; `uri` and `run_id` need not be among them.
+
+        Raises:
+            UsageError: no committed run has written this table here.
+        """
+        source = self.dataset(table, [record["run_id"] for record in self.runs()])
+        if source is None:
+            raise UsageError(f"{self.url}: no committed {table} here; run `picinspector score` into it first")
+        names = ", ".join(f'"{name}"' for name in columns)
+        with duckdb.connect() as connection:
+            connection.register("source", source)
+            return connection.sql(
+                f"SELECT {names} FROM source QUALIFY row_number() OVER (PARTITION BY uri ORDER BY run_id DESC) = 1"
+            ).to_arrow_table()
+
+    def check_rows(self, table: TableName, run_id: str, expected: int) -> None:
+        """Assert that a run's table holds exactly the rows of its manifest, each once.
+
+        Raises:
+            TableError: rows were lost or doubled.
+        """
+        source = self.dataset(table, [run_id])
+        rows = distinct = 0
+        if source is not None:
+            with duckdb.connect() as connection:
+                connection.register("source", source)
+                found = connection.sql("SELECT count(*), count(DISTINCT image_id) FROM source").fetchone()
+                rows, distinct = found or (0, 0)
+        if not rows == distinct == expected:
+            raise TableError(
+                f"{table} of run {run_id} has {rows} rows, {distinct} distinct, for {expected} photos in its manifest; "
+                "the run was not committed: run the same command again, and report this if it repeats"
+            )
