@@ -1,0 +1,346 @@
+"""`photo.decode`: every awkward file comes out upright, in sRGB and whole, or as a `PhotoError`, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import skimage.data
+import torchvision.transforms as T  # noqa: N812 (torchvision's own documentation calls it T)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from picinspector import schema
+from picinspector.errors import ErrorKind, PhotoError
+from picinspector.photo import WORKING_PX, CropSpec, Limits, Photo, decode
+from tests.awkward import CAMERA_FACTS, Case, camera_exif, encode, make_corpus, png, quadrants
+
+SQUASH = CropSpec(64, 64, "bilinear", "squash")
+CENTRE = CropSpec(96, 80)
+FUZZ_LIMITS = Limits(max_pixels=1_000_000)  # a changed header may claim any size, and Pillow sets the memory aside
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[Case]:
+    return CORPUS
+
+
+# Hypothesis draws from it, so it cannot be a fixture.
+with tempfile.TemporaryDirectory() as _folder:
+    CORPUS = make_corpus(Path(_folder))
+    DATA = {case.name: case.path.read_bytes() for case in CORPUS}
+
+
+def decode_or_error(case: Case, crops: tuple[CropSpec, ...] = (SQUASH, CENTRE)) -> Photo | PhotoError:
+    try:
+        return decode(DATA[case.name], crops)
+    except PhotoError as error:
+        return error
+
+
+def refused(data: bytes, limits: Limits = Limits()) -> PhotoError:
+    with pytest.raises(PhotoError) as caught:
+        decode(data, [CENTRE], limits)
+    return caught.value
+
+
+def photograph(width: int, height: int) -> np.ndarray:
+    """A real photo's pixels, uint8 (height, width, 3)."""
+    return np.asarray(Image.fromarray(skimage.data.astronaut()).resize((width, height), Image.Resampling.LANCZOS))
+
+
+# --- the corpus -------------------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_is_the_same_every_time_and_large_enough(tmp_path: Path, corpus: list[Case]) -> None:
+    again = {case.name: case.path.read_bytes() for case in make_corpus(tmp_path)}
+    assert again == DATA
+    assert len(again) == len(corpus) >= 50
+    assert sum(case.expect != "scored" for case in corpus) >= 10
+
+
+def test_every_awkward_file_is_scored_or_refused_as_it_must_be(corpus: list[Case]) -> None:
+    wrong = []
+    for case in corpus:
+        result = decode_or_error(case)
+        became = result.kind if isinstance(result, PhotoError) else "scored"
+        if became != case.expect:
+            wrong.append(f"{case.name} ({case.note}): {case.expect} expected, {became}: {result if became else ''}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_sizes_are_upright_and_formats_are_of_the_content(corpus: list[Case]) -> None:
+    for case in corpus:
+        photo = decode_or_error(case)
+        if isinstance(photo, Photo):
+            found = (photo.facts["width"], photo.facts["height"], photo.facts["format"])
+            assert found == (case.width, case.height, case.format), case.name
+
+
+def test_the_right_colours_are_in_the_right_places(corpus: list[Case]) -> None:
+    """Orientation, mirroring, CMYK, ICC, alpha, bit depth and first frame, in what is measured and what is encoded."""
+    wrong, probed = [], 0
+    for case in corpus:
+        photo = decode_or_error(case)
+        if isinstance(photo, PhotoError):
+            continue
+        for what, pixels in (("working", photo.working), ("crop", photo.crops[0])):
+            height, width = pixels.shape[:2]
+            for probe in case.probes:
+                found = pixels[int(probe.y * height), int(probe.x * width)]
+                probed += 1
+                if np.abs(found.astype(int) - probe.rgb).max() > probe.tolerance:
+                    wrong.append(
+                        f"{case.name} {what} at ({probe.x}, {probe.y}): {probe.rgb} expected, {found.tolist()}"
+                    )
+    assert not wrong, "\n".join(wrong)
+    assert probed > 350
+
+
+def test_shapes_and_types_are_as_promised(corpus: list[Case]) -> None:
+    for case in corpus:
+        photo = decode_or_error(case)
+        if isinstance(photo, PhotoError):
+            assert "\n" not in photo.message and 5 < len(photo.message) <= 500
+            continue
+        check_shapes(photo, (SQUASH, CENTRE))
+        assert case.width is not None and case.height is not None
+        assert min(photo.working.shape[:2]) == min(WORKING_PX, case.width, case.height), "shrunk, never enlarged"
+
+
+def check_shapes(photo: Photo, crops: tuple[CropSpec, ...]) -> None:
+    assert photo.working.dtype == np.uint8 and photo.working.ndim == 3 and photo.working.shape[2] == 3
+    assert 1 <= min(photo.working.shape[:2]) <= WORKING_PX
+    assert [crop.shape for crop in photo.crops] == [(spec.crop_px, spec.crop_px, 3) for spec in crops]
+    assert all(crop.dtype == np.uint8 for crop in photo.crops)
+    assert list(photo.facts) == schema.FACTS.names
+    pa.Table.from_pylist([photo.facts], schema=schema.FACTS)  # raises where a fact does not fit its column
+
+
+def test_nothing_is_printed(corpus: list[Case], capfd: pytest.CaptureFixture[str]) -> None:
+    """Image libraries in C like to write to stderr; a job over a million photos must not."""
+    for case in corpus:
+        decode_or_error(case)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_exif_facts_are_read() -> None:
+    facts = decode(DATA["camera.jpg"], []).facts
+    found = {name: facts[name] for name in CAMERA_FACTS} | {"captured_at": facts["captured_at"].isoformat()}
+    assert found == pytest.approx(CAMERA_FACTS)
+
+
+def test_a_photo_without_exif_has_nulls_for_facts() -> None:
+    facts = decode(DATA["photo.bmp"], []).facts
+    assert [name for name, value in facts.items() if value is not None] == ["width", "height", "format", "phash"]
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "HEIF", "AVIF", "TIFF"])
+def test_exif_facts_are_read_from_other_containers(format_name: str) -> None:
+    facts = decode(encode(quadrants(), format_name, exif=camera_exif().tobytes()), []).facts
+    assert facts["camera"] == CAMERA_FACTS["camera"]
+    assert facts["iso"] == CAMERA_FACTS["iso"]
+
+
+def test_phash_is_near_for_the_same_photo_and_far_for_another() -> None:
+    def phash(data: bytes) -> int:
+        return int(decode(data, []).facts["phash"])
+
+    good = phash(encode(photograph(800, 600), "JPEG", quality=95))
+    worse = phash(encode(photograph(400, 300), "JPEG", quality=40))
+    other = phash(encode(skimage.data.coffee(), "JPEG", quality=95))
+    assert (good ^ worse).bit_count() <= 6
+    assert (good ^ other).bit_count() >= 16
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def test_dct_scaled_decoding_is_close_to_full_decoding() -> None:
+    """FACTS: a mean error of about 0.6/255 at 224 px for a camera's photo."""
+    data = encode(photograph(3000, 2200), "JPEG", quality=92)
+    photo = decode(data, [CropSpec(224, 224)])
+    full = Image.open(io.BytesIO(data)).convert("RGB")
+    expected = np.asarray(T.CenterCrop(224)(T.Resize(224, T.InterpolationMode.BICUBIC)(full)))
+    difference = np.abs(photo.crops[0].astype(int) - expected)
+    assert difference.mean() < 1.0
+    assert np.quantile(difference, 0.999) <= 12
+    assert (photo.facts["width"], photo.facts["height"]) == (3000, 2200)
+
+
+def test_dct_scaling_covers_the_largest_crop() -> None:
+    """A crop of 1,500 px of a 3000 x 2200 photo: half scale would give 1,100 rows, and a blurred crop."""
+    data = encode(photograph(3000, 2200), "JPEG", quality=95)
+    crop = decode(data, [CropSpec(1500, 1500)]).crops[0]
+    full = Image.open(io.BytesIO(data)).convert("RGB")
+    expected = np.asarray(T.CenterCrop(1500)(T.Resize(1500, T.InterpolationMode.BICUBIC)(full)))
+    assert np.abs(crop.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (481, 640), (301, 299), (224, 1000)])
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_crops_equal_torchvisions(width: int, height: int, resample: Any) -> None:
+    """The transform that both encoders were trained with: Resize and CenterCrop on the shorter side."""
+    pixels = photograph(width, height)
+    crop = decode(encode(pixels, "PNG"), [CropSpec(224, 224, resample)]).crops[0]
+    mode = T.InterpolationMode(resample)
+    expected = T.CenterCrop(224)(T.Resize(224, mode)(Image.fromarray(pixels)))
+    difference = np.abs(crop.astype(int) - np.asarray(expected))
+    # Of a long photo only the middle is resized, which may shift it by a part of a pixel.
+    assert difference.max() == 0 if max(width, height) <= 4 * min(width, height) else difference.mean() < 1
+
+
+def test_a_shrunk_png_is_close_to_the_whole_one() -> None:
+    pixels = photograph(2600, 2400)
+    crop = decode(encode(pixels, "BMP"), [CropSpec(224, 224)]).crops[0]
+    expected = np.asarray(T.CenterCrop(224)(T.Resize(224, T.InterpolationMode.BICUBIC)(Image.fromarray(pixels))))
+    assert np.abs(crop.astype(int) - expected).mean() < 1.0
+
+
+def test_decoding_twice_gives_the_same() -> None:
+    first, second = (decode(DATA["orientation_8_large.jpg"], [CENTRE]) for _ in range(2))
+    assert first.facts == second.facts
+    assert np.array_equal(first.working, second.working)
+    assert np.array_equal(first.crops[0], second.crops[0])
+
+
+# --- limits and damage ------------------------------------------------------------------------------------------------
+
+
+def claims(format_name: str) -> bytes:
+    """A small file whose header says 30,000 x 30,000 pixels."""
+    side = 30_000
+    if format_name == "PNG":
+        return png(side, side, 8, 2, b"")
+    data = bytearray(encode(quadrants(16, 16), format_name))
+    if format_name == "JPEG":
+        struct.pack_into(">2H", data, data.index(b"\xff\xc0") + 5, side, side)
+    elif format_name == "BMP":
+        struct.pack_into("<2i", data, 18, side, side)
+    elif format_name == "GIF":
+        struct.pack_into("<2H", data, 6, side, side)
+    elif format_name == "TIFF":
+        directory = struct.unpack_from("<I", data, 4)[0]
+        for entry in range(directory + 2, directory + 2 + 12 * struct.unpack_from("<H", data, directory)[0], 12):
+            if struct.unpack_from("<H", data, entry)[0] in (256, 257):
+                struct.pack_into("<HII", data, entry + 2, 4, 1, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "JPEG", "BMP", "GIF", "TIFF"])
+def test_too_many_pixels_are_refused_from_the_header(format_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    error = refused(claims(format_name))
+    assert error.kind == ErrorKind.TOO_MANY_PIXELS
+    assert "30000x30000" in error.message and "300" in error.message
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    data = DATA["photo.bmp"]
+    decode(data, [], Limits(max_bytes=len(data), max_pixels=320 * 240))
+    assert refused(data, Limits(max_bytes=len(data) - 1)).kind == ErrorKind.TOO_MANY_BYTES
+    assert refused(data, Limits(max_pixels=320 * 240 - 1)).kind == ErrorKind.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP"])
+def test_no_part_of_a_photo_passes_for_the_whole(format_name: str) -> None:
+    """Cut anywhere up to the last 1 %: never half a picture. (Behind that, some formats keep what is not pixels.)"""
+    data = encode(photograph(400, 300), format_name)
+    for cut in np.linspace(1, int(len(data) * 0.99), 60).astype(int):
+        kind = refused(data[:cut]).kind
+        assert kind in {ErrorKind.TRUNCATED, ErrorKind.CORRUPT, ErrorKind.UNKNOWN_FORMAT}, cut
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_no_part_of_a_jpeg_passes_for_the_whole_at_any_scale(scale: int) -> None:
+    pixels = photograph(520 * scale, 520 * scale)
+    for progressive in (False, True):
+        data = encode(pixels, "JPEG", quality=85, progressive=progressive)
+        for share in (0.1, 0.5, 0.9, 0.99):
+            assert refused(data[: int(len(data) * share)]).kind == ErrorKind.TRUNCATED, share
+
+
+# --- Hypothesis -------------------------------------------------------------------------------------------------------
+
+# A thousandth of a second each; 20,000 changed files were tried when this was written.
+fuzz = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+def photo_or_photo_error(data: bytes, suffix: str = "") -> None:
+    try:
+        photo = decode(data, [CENTRE, SQUASH], FUZZ_LIMITS, suffix)
+    except PhotoError as error:
+        assert "\n" not in error.message
+    else:
+        check_shapes(photo, (CENTRE, SQUASH))
+
+
+MAGIC = [
+    b"",
+    b"\xff\xd8\xff\xe0\x00\x10JFIF\x00",
+    b"\xff\xd8\xff\xe1\x00\x40Exif\x00\x00II*\x00",
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+    b"GIF89a",
+    b"BM",
+    b"II*\x00\x08\x00\x00\x00",
+    b"MM\x00*\x00\x00\x00\x08",
+    b"RIFF\x40\x00\x00\x00WEBPVP8 ",
+    b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic",
+    b"\x00\x00\x00\x1cftypavif\x00\x00\x00\x00avifmif1miaf",
+]
+
+
+@fuzz
+@given(st.sampled_from(MAGIC), st.binary(max_size=600), st.sampled_from(["", ".jpg", ".nef", ".DNG"]))
+def test_arbitrary_bytes_raise_nothing_but_a_photo_error(magic: bytes, data: bytes, suffix: str) -> None:
+    photo_or_photo_error(magic + data, suffix)
+
+
+SMALL = sorted(name for name, data in DATA.items() if len(data) < 60_000)
+
+
+@settings(fuzz, max_examples=1500)
+@given(
+    st.sampled_from(SMALL),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12),
+    # Most of what a decoder can trip over is written in the first bytes.
+    st.sampled_from([32, 128, 1024, 10**9]),
+    st.floats(0.5, 1),
+)
+def test_a_changed_file_raises_nothing_but_a_photo_error(
+    name: str, changes: list[tuple[float, int]], reach: int, keep: float
+) -> None:
+    data = bytearray(DATA[name])
+    for place, value in changes:
+        if data:
+            data[int(place * min(reach, len(data)))] = value
+    photo_or_photo_error(bytes(data[: int(len(data) * keep)]))
+
+
+@fuzz
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20))
+def test_a_damaged_exif_block_never_costs_the_photo(changes: list[tuple[float, int]]) -> None:
+    """The pixels are whole. Whatever EXIF says, the photo is decoded (perhaps turned: that is what EXIF is for)."""
+    data = bytearray(DATA["camera.jpg"])
+    start = data.index(b"Exif\x00\x00") + 6
+    length = struct.unpack_from(">H", data, start - 8)[0] - 8
+    for place, value in changes:
+        data[start + int(place * length)] = value
+    photo = decode(bytes(data), [CENTRE, SQUASH])
+    check_shapes(photo, (CENTRE, SQUASH))
+    assert {photo.facts["width"], photo.facts["height"]} == {320, 240}
