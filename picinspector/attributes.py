@@ -1,6 +1,7 @@
 """The attribute head: six quality attributes and nine scenes from the DINOv2 embedding.
 
-An attributes folder holds `head.json` (sizes and label names) and `head.safetensors`.
+An attributes folder holds `head.json` (sizes and label names) and `head.safetensors`. The head is a shared hidden layer
+with two outputs (trained by `training/attribute_head.py`), applied with NumPy: a CPU worker need not load torch for it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.numpy import load_file
+from scipy.special import erf
 
 from picinspector.errors import BundleError
 from picinspector.schema import ATTRIBUTES, SCENES
@@ -23,25 +23,12 @@ SPEC = "head.json"
 WEIGHTS = "head.safetensors"
 
 
-class AttributeHead(nn.Module):
-    """A shared hidden layer with two outputs: regression of the attributes, classification of the scene."""
+class AttributeHead:
+    """A trained head.
 
-    def __init__(self, input_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        # An L2-normalised vector has entries of about 1/sqrt(D); the layer wants them of about 1.
-        self.input_scale = float(input_dim) ** 0.5
-        self.trunk = nn.Linear(input_dim, hidden_dim)
-        self.regression = nn.Linear(hidden_dim, len(ATTRIBUTES))
-        self.scene = nn.Linear(hidden_dim, len(SCENES))
-
-    def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """L2-normalised (B, D) -> attributes 0-100 (B, 6), scene logits (B, 9)."""
-        hidden = nn.functional.gelu(self.trunk(embedding * self.input_scale))
-        return 100.0 * torch.sigmoid(self.regression(hidden)), self.scene(hidden)
-
-
-class AttributePredictor:
-    """A trained head, ready to predict on the CPU."""
+    Attributes:
+        features: the column of the embeddings table it reads.
+    """
 
     features = ("dinov2_embedding",)
 
@@ -55,19 +42,24 @@ class AttributePredictor:
         try:
             spec: dict[str, Any] = json.loads(path.read_text("utf-8"))
             names = (tuple(spec["attributes"]), tuple(spec["scenes"]))
-            self._dim = int(spec["input_dim"])
-            self._head = AttributeHead(self._dim, int(spec["hidden_dim"])).eval()
+            self._dim, hidden = int(spec["input_dim"]), int(spec["hidden_dim"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{path}: not a readable head spec ({error!r}); train or fetch it again") from error
         if names != (ATTRIBUTES, SCENES):
-            raise BundleError(f"{path}: trained for {names}, this version writes {(ATTRIBUTES, SCENES)}; train it again")
+            raise BundleError(f"{path}: trained for {names}, expected {(ATTRIBUTES, SCENES)}; train it again")
+        shapes = {"trunk": (hidden, self._dim), "regression": (len(ATTRIBUTES), hidden), "scene": (len(SCENES), hidden)}
         try:
-            self._head.load_state_dict(load_file(path.with_name(WEIGHTS)))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise BundleError(f"{path.with_name(WEIGHTS)}: does not fit {SPEC}: {reason}") from error
+            tensors = {name: value.astype(np.float32) for name, value in load_file(path.with_name(WEIGHTS)).items()}
+        except (OSError, SafetensorError) as error:
+            raise BundleError(
+                f"{path.with_name(WEIGHTS)}: cannot be read ({error}); train or fetch it again"
+            ) from error
+        for name, shape in shapes.items():
+            found = tensors[f"{name}.weight"].shape if f"{name}.weight" in tensors else None
+            if found != shape or tensors.get(f"{name}.bias", np.empty(0)).shape != shape[:1]:
+                raise BundleError(f"{path.with_name(WEIGHTS)}: {name} is {found}, {SPEC} says {shape}; train it again")
+        self._tensors = tensors
 
-    @torch.inference_mode()
     def predict(self, embedding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Judge N photos.
 
@@ -85,5 +77,13 @@ class AttributePredictor:
                 f"the attribute head takes {self._dim}-wide DINOv2 embeddings, these are {embedding.shape[1]} wide: "
                 "score with the bundle that embedded the library, or embed it again with this one"
             )
-        attributes, logits = self._head(torch.from_numpy(embedding.astype(np.float32)))
-        return attributes.numpy(), logits.softmax(dim=1).numpy()
+        # An L2-normalised vector has entries of about 1/sqrt(D); the layer was trained on entries of about 1.
+        hidden = self._linear("trunk", embedding.astype(np.float32) * np.float32(self._dim**0.5))
+        hidden = 0.5 * hidden * (1.0 + erf(hidden / np.float32(2**0.5)))  # GELU
+        attributes = 100.0 / (1.0 + np.exp(-self._linear("regression", hidden)))
+        logits = self._linear("scene", hidden)
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return attributes.astype(np.float32), (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def _linear(self, name: str, inputs: np.ndarray) -> np.ndarray:
+        return np.asarray(inputs @ self._tensors[f"{name}.weight"].T + self._tensors[f"{name}.bias"])

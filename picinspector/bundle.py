@@ -104,7 +104,7 @@ class Bundle:
         self._check(self.files)
         strangers = set(_list_files(self.folder)) - set(self.files)
         if strangers:
-            raise BundleError(f"{self.folder}: {sorted(strangers)[0]} is not named in {MANIFEST}; remove it or seal again")
+            raise BundleError(f"{self.folder}: {min(strangers)} is not named in {MANIFEST}; remove it")
 
     def _check(self, paths: Any) -> None:
         for path in paths:
@@ -112,9 +112,10 @@ class Bundle:
             try:
                 digest = _sha256(target)
             except OSError as error:
-                raise BundleError(f"{target} is missing or unreadable ({error.strerror}); fetch the bundle again") from error
+                raise BundleError(f"{target}: cannot be read ({error.strerror}); fetch the bundle again") from error
             if digest != self.files[path]:
-                raise BundleError(f"{target} is damaged: SHA-256 {digest[:12]}…, expected {self.files[path][:12]}…; fetch again")
+                found = f"SHA-256 {digest[:12]}…, expected {self.files[path][:12]}…"
+                raise BundleError(f"{target} is damaged: {found}; fetch the bundle again")
 
 
 def open_bundle(ref: str | os.PathLike[str] = "builtin") -> Bundle:
@@ -139,11 +140,11 @@ def open_bundle(ref: str | os.PathLike[str] = "builtin") -> Bundle:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: not a readable bundle description ({error!r}); fetch the bundle again") from error
     if unknown:
-        raise BundleError(f"{path}: bundle format {content['format']}, this version reads format 1; upgrade picinspector")
+        raise BundleError(f"{path}: format {content['format']}, this version reads 1; upgrade picinspector")
     if not (bundle.has("clip") and bundle.has("dinov2")):
         raise BundleError(f"{folder}: a bundle needs clip and dinov2, this one holds {bundle.pieces}")
     if not (bundle.has("zero_shot") or (bundle.has("scorer") and bundle.has("attributes"))):
-        raise BundleError(f"{folder}: a bundle needs scorer and attributes, or zero_shot; this one holds {bundle.pieces}")
+        raise BundleError(f"{folder}: a bundle needs scorer and attributes, or zero_shot; it holds {bundle.pieces}")
     return bundle
 
 
@@ -220,8 +221,8 @@ def _download(hub: str, revision: str, name: str) -> Path:
         return Path(hf_hub_download(hub, name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BundleError(
-            f"cannot download {name} of {hub} from the Hugging Face hub ({type(error).__name__}); check the network, or "
-            "give local copies: picinspector bundle fetch full --clip FOLDER --dinov2 FOLDER"
+            f"cannot download {name} of {hub} from the Hugging Face hub ({type(error).__name__}); check the network, "
+            "or give local copies: picinspector bundle fetch full --clip FOLDER --dinov2 FOLDER"
         ) from error
 
 

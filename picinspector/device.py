@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
+
+from picinspector.preprocess import Preprocess
 
 
 def pick_device() -> torch.device:
@@ -22,21 +22,19 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(check is not None and check() for check in checks) else torch.float32
 
 
-def to_input(
-    pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
+def to_input(pixels: np.ndarray, how: Preprocess, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Move uint8 crops to the device as they are and normalise there, in float32.
 
     Args:
         pixels: uint8 (B, H, W, 3), 0-255.
-        mean, std: per channel, of pixels scaled to 0-1.
+        how: the encoder's own normalisation.
 
     Returns:
         (B, 3, H, W) of `dtype`, channels-last in memory.
     """
     batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device, non_blocking=True)
-    scale = torch.tensor([255.0 * s for s in std], device=device)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device)
+    scale = torch.tensor([255.0 * s for s in how.std], device=device)
+    shift = torch.tensor([m / s for m, s in zip(how.mean, how.std, strict=True)], device=device)
     return (batch.float() / scale - shift).to(dtype).permute(0, 3, 1, 2)
 
 

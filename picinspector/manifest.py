@@ -1,7 +1,7 @@
 """A library's manifest: every photo of a prefix, a folder or a list, streamed as Arrow tables.
 
-Prefixes are listed level by level until there are enough of them to work on in parallel, then each to its bottom. Pages go
-through a bounded queue, so that memory stays constant however many photos there are.
+Prefixes are listed level by level until there are enough of them to work on in parallel, then each to its bottom.
+Pages go through a bounded queue, so that memory stays constant however many photos there are.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def list_library(
         yield from _from_list(filesystem, path, text, options)
         return
     if text.startswith(("http://", "https://")):
-        raise UsageError(f"{redact(text)}: a web server cannot be listed; give a .csv, .parquet or .txt list of photo URLs")
+        raise UsageError(f"{redact(text)}: a web server cannot be listed; give a .csv, .parquet or .txt list of URLs")
     try:
         if is_local(text):
             pages = _walk_local(path)
@@ -108,9 +108,14 @@ def _from_list(
             )
         uris[_absolute(uri, base)] = None
     names = list(uris)
+    for start in range(0, len(names), _BATCH_ROWS):
+        yield stat_uris(names[start : start + _BATCH_ROWS], options)
+
+
+def stat_uris(uris: Sequence[str], options: Mapping[str, Any] | None = None) -> pa.Table:
+    """Manifest rows of these photos, asked of their stores concurrently. A photo that is not there has no etag."""
     with ThreadPoolExecutor(_WORKERS * 2) as pool:
-        for start in range(0, len(names), _BATCH_ROWS):
-            yield _table(list(pool.map(lambda uri: _stat(uri, options), names[start : start + _BATCH_ROWS])))
+        return _table(list(pool.map(lambda uri: _stat(uri, options), uris)))
 
 
 def _absolute(uri: str, base: str) -> str:
@@ -216,7 +221,7 @@ def _list_s3(filesystem: Any, prefix: str, deep: bool) -> Iterator[_Page]:
     while True:
         page = filesystem.call_s3("list_objects_v2", **request)
         files = [
-            {"name": f"{bucket}/{item['Key']}", "size": item["Size"], "ETag": item["ETag"], "time": item["LastModified"]}
+            {"name": f"{bucket}/{item['Key']}", **{key: item[key] for key in ("Size", "ETag", "LastModified")}}
             for item in page.get("Contents", ())
             if not item["Key"].endswith("/")
         ]
@@ -258,15 +263,18 @@ def _to_rows(
 
 
 def _row(uri: str, info: Mapping[str, Any]) -> dict[str, Any]:
-    size = info.get("size")
+    size = info.get("size", info.get("Size"))
     modified = info.get("time") or info.get("LastModified") or info.get("last_modified") or info.get("mtime")
     if (nanoseconds := info.get("mtime_ns")) is None and isinstance(modified, int | float):
         nanoseconds = int(modified * 1e9)
-    if nanoseconds is not None:
+        modified = datetime.fromtimestamp(modified, UTC)
+    elif nanoseconds is not None:
         modified = datetime.fromtimestamp(nanoseconds / 1e9, UTC)
     etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
-    if etag is None and (nanoseconds is not None or isinstance(modified, datetime)):
-        etag = f"{size}-{nanoseconds if nanoseconds is not None else int(modified.timestamp() * 1e9)}"
+    if nanoseconds is None and isinstance(modified, datetime):
+        nanoseconds = int(modified.timestamp() * 1e9)
+    if etag is None and nanoseconds is not None:
+        etag = f"{size}-{nanoseconds}"
     etag = str(etag).strip('"') if etag is not None else None
     return {
         "image_id": image_id(uri, etag),

@@ -48,7 +48,7 @@ def noise(luma: np.ndarray) -> float:
     height, width = luma.shape
     if height < 3 or width < 3:
         return 0.0
-    response = cv2.absdiff(cv2.filter2D(luma, cv2.CV_32F, _IMMERKAER), 0.0)[1:-1, 1:-1]
+    response = np.abs(cv2.filter2D(luma, cv2.CV_32F, _IMMERKAER)[1:-1, 1:-1])
     return float(np.sqrt(np.pi / 2) / 6 * cv2.mean(response)[0])
 
 

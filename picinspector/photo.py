@@ -39,6 +39,8 @@ PHOTO_SUFFIXES = frozenset(
 
 # Our own limit is checked on every header (`Limits.max_pixels`); Pillow's would refuse panoramas we mean to read.
 Image.MAX_IMAGE_PIXELS = None
+# Pillow loads its plugins on the first unrestricted open, and ours are all restricted.
+Image.init()
 # libheif turns and mirrors the picture itself and reports orientation 1.
 pillow_heif.register_heif_opener()
 

@@ -1,6 +1,7 @@
 """Names and Arrow schemas of the three tables: manifest, embeddings, scores.
 
-One row is one image in each of them. A row that has no values has `error_kind` and `error_message` instead.
+One row is one image in each of them. A row that has no values has `error_kind` and `error_message` instead. `run_id` is
+no column of the files: it is their hive partition (`scores/run_id=.../*.parquet`), which every reader adds by itself.
 """
 
 from __future__ import annotations
@@ -46,13 +47,12 @@ MANIFEST = pa.schema(
     [
         _field("image_id", pa.string(), "hash of (uri, etag), 32 hex digits; a changed object is a new image", False),
         _field("uri", pa.string(), "where the photo is; any fsspec URL, or an absolute path", False),
-        _field("etag", pa.string(), "the store's own version tag, else size and mtime in ns; null if the photo is missing"),
+        _field("etag", pa.string(), "the store's version tag, else size and mtime in ns; null if it is missing"),
         _field("size_bytes", pa.int64(), "size of the file, bytes"),
         _field("last_modified", _UTC, "when the file was last written"),
     ]
 )
 
-_IDENTITY = [*MANIFEST, _field("run_id", pa.string(), "the run that wrote this row", False)]
 _ERROR = [
     _field("error_kind", pa.string(), "why this photo has no values; null where it has"),
     _field("error_message", pa.string(), "one line saying what was wrong with the photo"),
@@ -90,7 +90,7 @@ def embeddings(clip_dim: int, dinov2_dim: int) -> pa.Schema:
     """Schema of the embeddings table for encoders of these output widths."""
     return pa.schema(
         [
-            *_IDENTITY,
+            *MANIFEST,
             *FACTS,
             *MEASUREMENT_FIELDS,
             _field("clip_embedding", pa.list_(pa.float16(), clip_dim), "CLIP image embedding, L2-normalised"),
@@ -103,7 +103,7 @@ def embeddings(clip_dim: int, dinov2_dim: int) -> pa.Schema:
 
 SCORES = pa.schema(
     [
-        *_IDENTITY,
+        *MANIFEST,
         _field("quality_score", pa.float32(), "perceived quality, 1 (bad) to 10 (excellent)"),
         _field("predicted_mos", pa.float32(), "the scorer's estimate in its training scale"),
         _field("scorer_kind", pa.string(), "lightgbm, or zero_shot where the bundle has no trained scorer"),

@@ -193,7 +193,7 @@ async def _attempt_async(read: Callable[[], Awaitable[bytes]]) -> bytes | PhotoE
 
 
 def _backoff_s(attempt: int) -> float:
-    return _BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+    return _BACKOFF_S * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)
 
 
 _THROTTLED = re.compile(r"slow\s?down|reduce your request rate|throttl|too many requests|serviceunavailable", re.I)

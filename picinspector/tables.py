@@ -27,6 +27,8 @@ from picinspector.storage import is_local, open_filesystem, redact, to_photo_err
 
 TableName = Literal["embeddings", "scores"]
 
+_BY_RUN = pa.dataset.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+
 
 def new_run_id() -> str:
     """A run id that sorts by time: `20261122T160512Z-3f9a1c`."""
@@ -110,10 +112,18 @@ class Destination:
         """Parquet files below a folder, sorted; none if it is not there."""
         return sorted(self.filesystem.glob(f"{folder}/*.parquet"))
 
-    def dataset(self, table: TableName, run_ids: Sequence[str]) -> pa.dataset.Dataset | None:
-        """One table's rows of these runs, or None where they wrote no file of it."""
+    def scan(self, table: TableName, run_ids: Sequence[str], columns: Sequence[str]) -> pa.dataset.Scanner | None:
+        """Columns of one table's rows of these runs, streamed; None where they wrote no file of it.
+
+        `run_id` may be among the columns. Register it with DuckDB, which cannot take the float16 of the others.
+        """
         files = [file for run_id in run_ids for file in self.files(self.table_path(table, run_id))]
-        return pa.dataset.dataset(files, filesystem=self.filesystem, format="parquet") if files else None
+        if not files:
+            return None
+        dataset = pa.dataset.dataset(
+            files, filesystem=self.filesystem, format="parquet", partitioning=_BY_RUN, partition_base_dir=self.root
+        )
+        return dataset.scanner(columns=list(columns))
 
     def latest(self, table: TableName, columns: Sequence[str]) -> pa.Table:
         """The newest committed row of each photo.
@@ -125,15 +135,17 @@ class Destination:
         Raises:
             UsageError: no committed run has written this table here.
         """
-        source = self.dataset(table, [record["run_id"] for record in self.runs()])
+        wanted = [*dict.fromkeys([*columns, "uri", "run_id"])]
+        source = self.scan(table, [record["run_id"] for record in self.runs()], wanted)
         if source is None:
             raise UsageError(f"{self.url}: no committed {table} here; run `picinspector score` into it first")
         names = ", ".join(f'"{name}"' for name in columns)
         with duckdb.connect() as connection:
             connection.register("source", source)
-            return connection.sql(
+            rows = connection.sql(
                 f"SELECT {names} FROM source QUALIFY row_number() OVER (PARTITION BY uri ORDER BY run_id DESC) = 1"
-            ).to_arrow_table()
+            )
+            return rows.to_arrow_table()
 
     def check_rows(self, table: TableName, run_id: str, expected: int) -> None:
         """Assert that a run's table holds exactly the rows of its manifest, each once.
@@ -141,15 +153,31 @@ class Destination:
         Raises:
             TableError: rows were lost or doubled.
         """
-        source = self.dataset(table, [run_id])
+        source = self.scan(table, [run_id], ["image_id"])
         rows = distinct = 0
         if source is not None:
             with duckdb.connect() as connection:
                 connection.register("source", source)
-                found = connection.sql("SELECT count(*), count(DISTINCT image_id) FROM source").fetchone()
-                rows, distinct = found or (0, 0)
+                found = connection.sql("SELECT count(*), count(DISTINCT image_id) FROM source").fetchall()[0]
+                rows, distinct = found
         if not rows == distinct == expected:
             raise TableError(
                 f"{table} of run {run_id} has {rows} rows, {distinct} distinct, for {expected} photos in its manifest; "
                 "the run was not committed: run the same command again, and report this if it repeats"
             )
+
+
+def best(dest: Destination, count: int) -> list[dict[str, Any]]:
+    """The photos with the highest `quality_score`, best first: uri, quality_score, scene, scorer_kind, run_id.
+
+    Raises:
+        UsageError: nothing has been scored into this destination.
+    """
+    latest = dest.latest("scores", ["uri", "quality_score", "scene", "scorer_kind", "run_id"])
+    with duckdb.connect() as connection:
+        connection.register("latest", latest)
+        rows = connection.sql(
+            f"SELECT * FROM latest WHERE quality_score IS NOT NULL ORDER BY quality_score DESC, uri LIMIT {int(count)}"
+        )
+        found: list[dict[str, Any]] = rows.to_arrow_table().to_pylist()
+    return found

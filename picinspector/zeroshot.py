@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from picinspector.clip import encode_texts
 from picinspector.errors import BundleError
 from picinspector.schema import ATTRIBUTES, SCENES
 
@@ -90,6 +89,8 @@ class ZeroShot:
 
 def write_prompts(clip_folder: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Embed the prompts with a bundle's own text tower and store them for `ZeroShot`."""
+    from picinspector.clip import encode_texts  # loads open_clip, which scoring with stored prompts does without
+
     pairs = [prompt for name in ATTRIBUTES for prompt in _ANTONYMS[name]]
     embedded = encode_texts(clip_folder, [*pairs, *(_SCENE_PROMPTS[name] for name in SCENES)])
     antonyms = embedded[: len(pairs)].reshape(len(ATTRIBUTES), 2, -1)

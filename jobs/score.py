@@ -1,0 +1,11 @@
+"""Score a library on a Ray cluster.
+
+ray job submit --working-dir . -- python jobs/score.py s3://bucket/photos --out s3://bucket/scores
+"""
+
+import sys
+
+from picinspector.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["score", *sys.argv[1:]]))

@@ -1,0 +1,298 @@
+"""The command line: parses, calls one function of the library, prints. stdout is the result, stderr everything else.
+
+Exit codes: 0 done, 1 crashed, 2 wrong usage, 3 done but transient failures remain, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+import picinspector
+from picinspector.errors import PicInspectorError, UsageError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Score a bucket of photos: quality, attributes and scenes as Parquet tables.",
+)  # fmt: skip
+bundle_app = typer.Typer(no_args_is_help=True, help="The models of a run: show, verify, fetch.", rich_markup_mode=None)
+app.add_typer(bundle_app, name="bundle")
+
+Library = Annotated[str, typer.Argument(help="s3:// prefix, folder, photo, or a .parquet/.csv/.txt list of photos.")]
+Table = Annotated[str, typer.Argument(metavar="DEST", help="Where the tables are: s3:// prefix or folder.")]
+Out = Annotated[str, typer.Option("--out", "-o", metavar="DEST", help="Where the tables go: s3:// prefix or folder.")]
+BundleRef = Annotated[str, typer.Option(help="builtin, full, or the folder of a bundle.")]
+StorageOptions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON", help='fsspec options, e.g. {"endpoint_url": "..."}; keys are better in the environment.'
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Do at most this many photos.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else Ray on this machine.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    debug = bool(os.environ.get("PICINSPECTOR_DEBUG"))
+    try:
+        result = app(args=arguments, prog_name="picinspector", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing is lost: run the same command again", 130)
+    except PicInspectorError as error:
+        # Ray wraps what a worker raised in a subclass whose text is a traceback; the cause has the one line.
+        cause = getattr(error, "cause", error)
+        return _complain(str(cause), cause.exit_code)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: usage, abort
+            error.show()
+            return int(error.exit_code)
+        if type(error).__name__ == "Abort":
+            return _complain("interrupted; nothing is lost: run the same command again", 130)
+        if debug:
+            raise
+        cause = getattr(error, "cause", None) or error
+        reason = (str(cause).strip().splitlines() or [""])[-1]
+        return _complain(f"{type(cause).__name__}: {reason} (PICINSPECTOR_DEBUG=1 shows where)", 1)
+
+
+def entry_point() -> None:
+    """The `picinspector` command."""
+    sys.exit(main())
+
+
+def _complain(message: str, exit_code: int) -> int:
+    print(f"picinspector: {message}", file=sys.stderr)
+    return exit_code
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def score(
+    library: Library,
+    out: Out,
+    bundle: BundleRef = "builtin",
+    limit: Limit = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    encoders: Annotated[int | None, typer.Option(min=1, help="Encoder actors; default from the cluster.")] = None,
+    gpus_per_encoder: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 encodes on the CPU.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Photos of one encoder call.")] = None,
+    max_megapixels: Annotated[float, typer.Option(min=0, help="Refuse photos with more pixels.")] = 300.0,
+    max_megabytes: Annotated[float, typer.Option(min=0, help="Refuse larger files.")] = 512.0,
+    storage_options: StorageOptions = None,
+    address: Address = None,
+) -> int:
+    """Embed and score every photo of LIBRARY that DEST does not have yet."""
+    from picinspector import pipeline
+    from picinspector.photo import Limits
+
+    options = pipeline.Options(
+        bundle=_bundle_path(bundle),
+        storage_options=_parse_options(storage_options),
+        limit=limit,
+        limits=Limits(max_bytes=int(max_megabytes * 1024**2), max_pixels=int(max_megapixels * 1e6)),
+        encoders=encoders,
+        gpus_per_encoder=gpus_per_encoder,
+        batch_size=batch_size,
+        address=address,
+        show_progress=not quiet,
+    )
+    if dry_run:
+        plan = pipeline.plan_score(library, out, options)
+        print(json.dumps(plan, indent=2) if as_json else _plan_text(plan))
+        return 0
+    record = pipeline.score(library, out, options)
+    print(json.dumps(record, indent=2) if as_json else _record_text(record))
+    return pipeline.exit_code(record)
+
+
+@app.command()
+def rescore(
+    dest: Table,
+    bundle: BundleRef = "builtin",
+    limit: Limit = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    storage_options: StorageOptions = None,
+    address: Address = None,
+) -> int:
+    """Score the stored embeddings of DEST again with another scorer; reads no photo."""
+    from picinspector import pipeline
+
+    options = pipeline.Options(
+        bundle=_bundle_path(bundle),
+        storage_options=_parse_options(storage_options),
+        limit=limit,
+        address=address,
+        show_progress=not quiet,
+    )
+    record = pipeline.rescore(dest, options)
+    print(json.dumps(record, indent=2) if as_json else _record_text(record))
+    return pipeline.exit_code(record)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def top(
+    dest: Table,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many.")] = 20,
+    as_json: Json = False,
+    storage_options: StorageOptions = None,
+) -> int:
+    """Print the best photos of DEST, the newest committed score of each."""
+    from picinspector.tables import Destination, best
+
+    rows = best(Destination(dest, _parse_options(storage_options)), count)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print(f"{'rank':>4}  {'quality':>7}  {'scene':<10}  photo")
+    for rank, row in enumerate(rows, 1):
+        print(f"{rank:>4}  {row['quality_score']:>7.2f}  {row['scene']:<10}  {_one_line(row['uri'])}")
+    return 0
+
+
+@app.command()
+def inspect(
+    photo: Annotated[str, typer.Argument(help="A path or any fsspec URL.")],
+    bundle: BundleRef = "builtin",
+    as_json: Json = False,
+    storage_options: StorageOptions = None,
+) -> int:
+    """Judge one photo, without a cluster: score, attributes, scene, facts, measurements."""
+    from picinspector.stages.single import judge
+
+    row = judge(photo, _bundle_path(bundle), _parse_options(storage_options))
+    print(json.dumps(row, indent=2, default=str) if as_json else _judgement_text(row))
+    return 2 if row["error_kind"] else 0
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------
+
+
+@bundle_app.command("show")
+def bundle_show(bundle: Annotated[str, typer.Argument(help="builtin, full, or a folder.")] = "builtin") -> int:
+    """Print a bundle's pieces, fingerprints and card."""
+    from picinspector.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    size = sum((opened.folder / path).stat().st_size for path in opened.files)
+    print(f"{opened.name} {opened.version}  {size / 1e6:.1f} MB  {opened.folder}")
+    print(f"pieces: {', '.join(opened.pieces)}    scorer: {opened.scorer_kind}")
+    print(f"encoder fingerprint {opened.encoder_fingerprint}, scorer fingerprint {opened.scorer_fingerprint}")
+    card = opened.folder / "README.md"
+    if card.is_file():
+        print(f"\n{card.read_text('utf-8').rstrip()}")
+    return 0
+
+
+@bundle_app.command("verify")
+def bundle_verify(bundle: Annotated[str, typer.Argument(help="builtin, full, or a folder.")] = "builtin") -> int:
+    """Check the hash of every file of a bundle."""
+    from picinspector.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    opened.verify()
+    print(f"{opened.name} {opened.version}: {len(opened.files)} files, all as sealed")
+    return 0
+
+
+@bundle_app.command("fetch")
+def bundle_fetch(
+    name: Annotated[str, typer.Argument(help="full (builtin is in the package).")] = "full",
+    to: Annotated[str | None, typer.Option(help="Folder to put it in; default the user's cache.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Local copy of the CLIP folder, instead of the hub.")] = None,
+    dinov2: Annotated[str | None, typer.Option(help="Local copy of the DINOv2 folder, instead of the hub.")] = None,
+) -> int:
+    """Put the full bundle together from the Hugging Face hub at pinned revisions, or from local copies."""
+    from picinspector.bundle import fetch_full
+
+    if name != "full":
+        raise UsageError(f"nothing to fetch for bundle {name!r}: `full` is fetched, `builtin` is in the package")
+    opened = fetch_full(to, clip, dinov2)
+    print(f"{opened.name} {opened.version}: {len(opened.files)} files in {opened.folder}")
+    return 0
+
+
+@app.command()
+def version() -> int:
+    """Print the version."""
+    print(picinspector.__version__)
+    return 0
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _parse_options(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f'--storage-options is not JSON ({error}); write it like {{"anon": true}}') from error
+    if not isinstance(options, dict):
+        raise UsageError('--storage-options must be a JSON object, like {"anon": true}')
+    return options
+
+
+def _bundle_path(ref: str) -> str:
+    # Workers start in other folders: a relative path would be another bundle there.
+    return ref if ref in ("builtin", "full") else os.path.abspath(ref)  # noqa: PTH100
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    return (
+        f"{plan['library']}: {plan['listed']:,} photos, {plan['listed_bytes'] / 1e6:,.1f} MB\n"
+        f"to do: {plan['to_do']:,} photos, {plan['to_do_bytes'] / 1e6:,.1f} MB, with bundle {plan['bundle']}"
+        f" ({plan['scorer_kind']}) into {plan['destination']}\n"
+        "dry run: nothing was written"
+    )
+
+
+def _record_text(record: dict[str, Any]) -> str:
+    counts = record["counts"]
+    lines = [
+        f"{counts['scored']:,} photos scored, {counts['failed']:,} failed, {counts['unchanged']:,} unchanged "
+        f"in {record['seconds']['total']:,.1f} s ({record['photos_per_s']:,.1f}/s)",
+        *(f"  {kind}: {number:,}" for kind, number in counts["errors_by_kind"].items()),
+    ]
+    if record["bundle"]["scorer_kind"] == "zero_shot":
+        lines.append("scores are zero-shot (scorer_kind = zero_shot): no scorer has been trained for this bundle")
+    if counts["failed_transient"]:
+        lines.append(f"{counts['failed_transient']:,} failures may pass: run the same command again")
+    lines.append(f"run {record['run_id']} committed to {record['destination']}")
+    return "\n".join(lines)
+
+
+def _judgement_text(row: dict[str, Any]) -> str:
+    if row["error_kind"]:
+        return f"{_one_line(row['uri'])}: {row['error_kind']}: {row['error_message']}"
+    lines = [_one_line(row["uri"]), f"quality  {row['quality_score']:.2f} of 10 ({row['scorer_kind']})"]
+    lines.append(f"scene    {row['scene']} ({row['scenes'][row['scene']]:.0%})")
+    names = {"noisiness": "noise-free", "brightness": "exposure"}  # high is good in all six
+    lines += [f"  {names.get(name, name):<13}{value:5.1f}" for name, value in row["attributes"].items()]
+    facts = [f"{name} {value}" for name, value in row["facts"].items() if value is not None and name != "phash"]
+    lines.append(f"facts    {', '.join(facts)}")
+    lines.append("measured " + ", ".join(f"{name} {value:.3g}" for name, value in row["measurements"].items()))
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    """A file name as it may be shown in a terminal: no line breaks, no escape sequences."""
+    return "".join(character if character.isprintable() else "�" for character in text)

@@ -1,0 +1,199 @@
+"""One run on a Ray cluster: connecting, sizing the pools, watching progress, and the run record."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+
+import picinspector
+
+#: Logical CPUs a local Ray gets beyond the cores. Actors hold CPUs for as long as they live; without spare ones the
+#: reading and writing tasks around them would wait for ever on a small machine.
+_SPARE_CPUS = 4
+
+_PACKAGES = ("ray", "torch", "open_clip_torch", "transformers", "lightgbm", "pyarrow", "fsspec", "s3fs", "pillow")
+
+
+def connect(address: str | None = None) -> None:
+    """Connect to the cluster at `address` or in `RAY_ADDRESS`, else start Ray on this machine. Idempotent."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
+    else:
+        ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=False, **quiet)
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # one line of our own; Ray's dashboard has the details
+    context.print_on_execution_start = False
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """How a run uses the cluster.
+
+    Attributes:
+        encoders: actors in the encode pool, at most; the pool starts with one and grows.
+        gpus: GPUs of each, may be a fraction; 0 encodes on the CPU.
+        cpus: logical CPUs of each, and on the CPU its torch threads.
+        batch_size: photos of one encoder call.
+        block_rows: photos of one read task.
+        readers: read tasks at once, at most.
+    """
+
+    encoders: int
+    gpus: float
+    cpus: int
+    batch_size: int
+    block_rows: int
+    readers: int
+
+
+def size_pools(
+    rows: int, encoders: int | None = None, gpus_per_encoder: float | None = None, batch_size: int | None = None
+) -> Pools:
+    """Pools for this many photos on the connected cluster; what is given is taken, the rest worked out.
+
+    With GPUs: one encoder a GPU, the CPUs read. Without: encoders of up to eight threads on three quarters of the
+    cores, because encoding costs several times what decoding does. Reading happens in blocks of 64 photos, about 25 MB
+    of crops: small enough to start encoding early, large enough to keep Ray's cost per task under 1 %.
+    """
+    resources = ray.cluster_resources()
+    logical, all_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
+    local = len(ray.nodes()) == 1
+    cores = min(logical, _cores()) if local else logical
+    gpus = gpus_per_encoder if gpus_per_encoder is not None else (1.0 if all_gpus else 0.0)
+    if gpus:
+        cpus, fitting = 1, int(max(all_gpus, gpus) / gpus)
+    else:
+        cpus = max(1, min(8, cores))
+        fitting = max(1, int(cores * 0.75) // cpus)
+    batch = batch_size or (128 if gpus else 32)
+    readers = max(1, cores - (0 if gpus or local else fitting * cpus))
+    even = -(-rows // max(1, 2 * readers))
+    return Pools(encoders or fitting, gpus, cpus, batch, max(8, min(max(64, batch), even)), readers)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """Counts over all workers: what they report goes here, the driver's progress line reads it."""
+
+    def __init__(self) -> None:
+        self.done = self.errors = 0
+
+    def add(self, done: int, errors: int) -> None:
+        self.done += done
+        self.errors += errors
+
+    def read(self) -> tuple[int, int]:
+        return self.done, self.errors
+
+
+class Reporter:
+    """A `stages.Report` that travels to the workers."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __call__(self, done: int, errors: int) -> None:
+        """Add to the tally; does not wait."""
+        self._actor.add.remote(done, errors)
+
+
+@contextlib.contextmanager
+def progress(verb: str, total: int, show: bool) -> Iterator[Reporter]:
+    """Keep one progress line on stderr while the body runs: photos done, rate, errors, time left."""
+    # On the driver's own node: a tally on a spot worker would take the count with it.
+    node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), True)
+    actor = ray.remote(num_cpus=0)(_Tally).options(scheduling_strategy=node).remote()
+    finished = threading.Event()
+    line = threading.Thread(target=_keep_line, args=(verb, total, actor, finished), daemon=True)
+    if show:
+        line.start()
+    try:
+        yield Reporter(actor)
+    finally:
+        finished.set()
+        if show:
+            line.join(timeout=10)
+        ray.kill(actor)
+
+
+def _keep_line(verb: str, total: int, actor: Any, finished: threading.Event) -> None:
+    terminal, started, first_at, first_done = sys.stderr.isatty(), time.monotonic(), 0.0, 0
+    while True:
+        last = finished.wait(0.5 if terminal else 10.0)
+        try:
+            done, errors = ray.get(actor.read.remote(), timeout=5)
+        except Exception:  # the cluster is going down; the run itself will say why
+            return
+        now = time.monotonic() - started
+        if done and not first_at:
+            first_at, first_done = now, done  # the rate counts from the first batch on: start-up is not speed
+        span = now - first_at
+        rate = (done - first_done) / span if span > 1 and done > first_done else done / now
+        left = f", {_duration((total - done) / rate)} left" if rate and not last else ""
+        text = f"{verb}: {done:,} of {total:,} photos, {rate:,.1f}/s, {errors:,} errors{left}"
+        sys.stderr.write(f"\r\x1b[K{text}" if terminal else f"{text}\n")
+        if last:
+            sys.stderr.write("\n" if terminal else "")
+            sys.stderr.flush()
+            return
+        sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and cluster size, for the run record."""
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    return {
+        "picinspector": picinspector.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "cluster": {
+            "nodes": len(ray.nodes()) if ray.is_initialized() else 0,
+            "cpus": resources.get("CPU", 0),
+            "gpus": resources.get("GPU", 0),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def now() -> str:
+    """The time as run records hold it: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

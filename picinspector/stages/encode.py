@@ -1,0 +1,91 @@
+"""Second stage: both encoders on one device, crops in, embeddings out."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from picinspector import schema
+from picinspector.bundle import open_bundle
+from picinspector.clip import ClipEncoder
+from picinspector.dinov2 import Dinov2Encoder
+from picinspector.photo import CropSpec
+from picinspector.stages import CROP_COLUMNS, Report
+
+
+class Encoder(Protocol):
+    """What `Encode` asks of an encoder; `ClipEncoder` and `Dinov2Encoder` both are."""
+
+    crop: CropSpec
+    dim: int
+
+    def encode(self, crops: np.ndarray) -> np.ndarray:
+        """Uint8 (B, S, S, 3) to L2-normalised float16 (B, D)."""
+        ...
+
+
+class Encode:
+    """Both encoders on one device: crops in, embeddings out. One instance an actor."""
+
+    def __init__(self, bundle: str, threads: int | None = None, report: Report | None = None) -> None:
+        """Load the encoders.
+
+        Args:
+            bundle: name or folder of the bundle on this machine.
+            threads: for the CPU; None leaves torch's own choice.
+            report: called after each batch.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        opened = open_bundle(bundle)
+        self._encoders: tuple[Encoder, Encoder] = (
+            ClipEncoder(opened.piece("clip")),
+            Dinov2Encoder(opened.piece("dinov2")),
+        )
+        self._schema = schema.embeddings(*(encoder.dim for encoder in self._encoders))
+        self._fingerprint, self._report = opened.encoder_fingerprint, report
+
+    def __call__(self, photos: pa.Table) -> pa.Table:
+        """A table from `read_photos` to rows of `schema.embeddings`."""
+        good = pc.is_null(photos.column("error_kind"))
+        columns: dict[str, Any] = {
+            name: photos.column(name) for name in photos.column_names if name not in CROP_COLUMNS
+        }
+        for name, target, encoder in zip(
+            CROP_COLUMNS, ("clip_embedding", "dinov2_embedding"), self._encoders, strict=True
+        ):
+            crops = _pixels(photos.column(name), encoder.crop.crop_px)
+            values = encoder.encode(crops) if len(crops) else np.empty((0, encoder.dim), np.float16)
+            columns[target] = _scatter(values, good)
+        columns["encoder_fingerprint"] = pa.repeat(self._fingerprint, photos.num_rows)
+        if self._report is not None:
+            self._report(photos.num_rows, photos.num_rows - pc.sum(good, min_count=0).as_py())
+        return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _pixels(column: pa.ChunkedArray, side_px: int) -> np.ndarray:
+    """The valid crops of a binary column as uint8 (N, S, S, 3); without a copy where the column is one chunk."""
+    chunks = []
+    for chunk in column.chunks:
+        valid = chunk.drop_null()
+        if len(valid):
+            start, stop = valid.offset, valid.offset + len(valid)
+            offsets = np.frombuffer(valid.buffers()[1], np.int64)[start : stop + 1]
+            values = np.frombuffer(valid.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+            chunks.append(values.reshape(-1, side_px, side_px, 3))
+    if not chunks:
+        return np.empty((0, side_px, side_px, 3), np.uint8)
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _scatter(values: np.ndarray, good: pa.ChunkedArray) -> pa.Array:
+    """Rows of float16 (N, D) to where `good` is true, nulls elsewhere: fixed_size_list<halffloat>[D]."""
+    mask = np.asarray(good)
+    full = np.zeros((len(mask), values.shape[1]), np.float16)
+    full[mask] = values
+    flat = pa.array(full.reshape(-1), pa.float16())
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(~mask))
