@@ -1,0 +1,53 @@
+# make demo | test | lint | bench: each sets up what it needs. Wants python3 (3.11 or 3.12), make and a package registry.
+
+# The first Python that is new enough, not too new, and can make virtual environments (Debian splits that off).
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+  "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' >/dev/null 2>&1 \
+  && { echo "$$python"; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Root on Debian gets what is missing; anybody else works with what is there.
+APT_INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+# The tests' S3 server; start-up and stand-in are in tests/s3_server.py.
+S3_PACKAGES := radosgw ceph-mon ceph-osd ceph-common
+
+.PHONY: demo test lint bench wheel clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/installed-demo
+	@$(BIN)/python jobs/demo.py
+
+test: .venv/installed-all
+	@command -v radosgw >/dev/null || { $(APT_INSTALL) $(S3_PACKAGES) >/dev/null </dev/null; } || true
+	@$(BIN)/python -m pytest
+
+lint: .venv/installed-all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed-all
+	@$(BIN)/python -m benchmarks.pipeline
+
+# What cluster.yaml copies to every node.
+wheel: .venv/installed-demo
+	@rm -rf dist && $(PIP) wheel -q --no-deps -w dist . && cp constraints.txt dist/ && ls dist
+
+# Everything made here but the environment itself (rm -rf .venv for that).
+clean:
+	rm -rf build dist demo out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/pyvenv.cfg:
+	@[ -n "$(PYTHON)" ] || { echo "PicInspector needs Python 3.11 or 3.12 with venv (Debian: apt-get install python3-venv); \
+found $$(python3 --version 2>&1). Name another with: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed-demo: EXTRAS := demo
+.venv/installed-all: EXTRAS := bench,demo,dev,raw,train
+.venv/installed-demo .venv/installed-all: .venv/pyvenv.cfg pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -c 'import lightgbm' 2>/dev/null || { $(APT_INSTALL) libgomp1 >/dev/null </dev/null; } || \
+	  { echo "LightGBM cannot be loaded: it needs the OpenMP library (Debian: apt-get install libgomp1)" >&2; exit 1; }
+	@touch $@ $(if $(findstring all,$@),.venv/installed-demo)
