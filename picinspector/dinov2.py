@@ -17,9 +17,8 @@ from picinspector.device import pick_device, pick_dtype, to_embeddings, to_input
 from picinspector.errors import BundleError
 from picinspector.preprocess import dinov2_preprocess
 
-
 # A bar for every actor that loads weights would bury the one progress line.
-transformers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class Dinov2Encoder:

@@ -31,13 +31,15 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Below fatal, Ray's C++ side talks to developers of Ray, past logging and into the progress line.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address or os.environ.get("RAY_ADDRESS"):
         ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
     else:
         ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=False, **quiet)
-    for name in ("ray.data", "ray.data._internal"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # one line of our own; Ray's dashboard has the details
     context.print_on_execution_start = False

@@ -174,10 +174,21 @@ def best(dest: Destination, count: int) -> list[dict[str, Any]]:
         UsageError: nothing has been scored into this destination.
     """
     latest = dest.latest("scores", ["uri", "quality_score", "scene", "scorer_kind", "run_id"])
+    return _rows(latest, f"WHERE quality_score IS NOT NULL ORDER BY quality_score DESC, uri LIMIT {int(count)}")
+
+
+def failures(dest: Destination) -> list[dict[str, Any]]:
+    """The photos without a score and why, by kind: uri, error_kind, error_message, run_id.
+
+    Raises:
+        UsageError: nothing has been scored into this destination.
+    """
+    latest = dest.latest("scores", ["uri", "error_kind", "error_message", "run_id"])
+    return _rows(latest, "WHERE error_kind IS NOT NULL ORDER BY error_kind, uri")
+
+
+def _rows(latest: pa.Table, clauses: str) -> list[dict[str, Any]]:
     with duckdb.connect() as connection:
         connection.register("latest", latest)
-        rows = connection.sql(
-            f"SELECT * FROM latest WHERE quality_score IS NOT NULL ORDER BY quality_score DESC, uri LIMIT {int(count)}"
-        )
-        found: list[dict[str, Any]] = rows.to_arrow_table().to_pylist()
+        found: list[dict[str, Any]] = connection.sql(f"SELECT * FROM latest {clauses}").to_arrow_table().to_pylist()
     return found
