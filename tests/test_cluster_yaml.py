@@ -47,7 +47,7 @@ def test_rays_launcher_accepts_it(cluster: dict[str, Any]) -> None:
     assert set(node_types) == {"head", "cpu", "gpu"}
     assert prepared["setup_commands"] == cluster["setup_commands"]
     assert prepared["head_start_ray_commands"] == cluster["head_start_ray_commands"]
-    assert not re.search("ray-wheels|latest", json.dumps(prepared))
+    assert not re.search("ray-wheels|ray:latest", json.dumps(prepared))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,13 @@ def test_both_kinds_of_worker_come_and_go(cluster: dict[str, Any]) -> None:
         assert node_types[name]["min_workers"] == 0 < node_types[name]["max_workers"]
     assert sum(node_types[name]["max_workers"] for name in ("cpu", "gpu")) <= cluster["max_workers"]
     assert 0 < cluster["idle_timeout_minutes"] <= 15
+
+
+def test_every_node_may_reach_storage_and_has_a_current_image(cluster: dict[str, Any]) -> None:
+    """Ray gives workers no profile of its own accord, and an image whose driver is older than PyTorch's CUDA."""
+    for node_type in cluster["available_node_types"].values():
+        assert node_type["node_config"]["IamInstanceProfile"]["Name"].startswith("picinspector-")
+        assert node_type["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/")
 
 
 def test_every_node_spills_to_a_disk_that_is_large_enough(cluster: dict[str, Any]) -> None:
