@@ -166,6 +166,56 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, packed: bytes
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
+def dng(orientation: int) -> bytes:
+    """A camera raw file of the quadrants: a Bayer mosaic (RGGB, 16 bits, linear light), as small a DNG as LibRaw reads.
+
+    Tags as in the DNG specification 1.4, chapter 4. Not in the corpus: reading it takes the `raw` extra.
+    """
+    srgb = as_stored(quadrants(), orientation) / 255.0
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    height, width = linear.shape[:2]
+    rows, columns = np.indices((height, width))
+    mosaic = np.take_along_axis(linear, (rows % 2 + columns % 2)[..., None], axis=2)
+    pixels = (mosaic * 65535).astype("<u2").tobytes()
+    xyz_to_srgb = (32406, -15372, -4986, -9689, 18758, 415, 557, -2040, 10570)  # in 1/10,000
+    byte, text, short, long, rational, signed_rational = (1, "B"), (2, "B"), (3, "H"), (4, "I"), (5, "I"), (10, "i")
+    values_at = 2048  # behind the directory; the pixels are behind the values, at twice that
+    directory: dict[int, tuple[tuple[int, str], tuple[int, ...]]] = {
+        254: (long, (0,)),  # NewSubfileType: the picture itself
+        256: (long, (width,)),
+        257: (long, (height,)),
+        258: (short, (16,)),  # BitsPerSample
+        259: (short, (1,)),  # Compression: none
+        262: (short, (32803,)),  # PhotometricInterpretation: colour filter array
+        271: (text, tuple(b"Acme\0")),
+        272: (text, tuple(b"Acme One\0")),
+        273: (long, (2 * values_at,)),  # StripOffsets
+        274: (short, (orientation,)),
+        277: (short, (1,)),  # SamplesPerPixel
+        278: (long, (height,)),  # RowsPerStrip
+        279: (long, (len(pixels),)),  # StripByteCounts
+        284: (short, (1,)),  # PlanarConfiguration
+        33421: (short, (2, 2)),  # CFARepeatPatternDim
+        33422: (byte, (0, 1, 1, 2)),  # CFAPattern: red green, green blue
+        50706: (byte, (1, 4, 0, 0)),  # DNGVersion
+        50708: (text, tuple(b"Acme One\0")),  # UniqueCameraModel
+        50714: (short, (0,)),  # BlackLevel
+        50717: (long, (65535,)),  # WhiteLevel
+        50721: (signed_rational, tuple(n for value in xyz_to_srgb for n in (value, 10_000))),  # ColorMatrix1
+        50728: (rational, (1, 1, 1, 1, 1, 1)),  # AsShotNeutral
+        50778: (short, (21,)),  # CalibrationIlluminant1: D65
+    }
+    entries, values = b"", b""
+    for tag, ((kind, code), numbers) in sorted(directory.items()):
+        content = struct.pack(f"<{len(numbers)}{code}", *numbers)
+        count = len(numbers) // 2 if kind in (5, 10) else len(numbers)
+        inline = content.ljust(4, b"\0") if len(content) <= 4 else struct.pack("<I", values_at + len(values))
+        values += b"" if len(content) <= 4 else content + b"\0" * (len(content) % 2)
+        entries += struct.pack("<HHI", tag, kind, count) + inline
+    head = b"II*\0" + struct.pack("<IH", 8, len(directory)) + entries
+    return head.ljust(values_at, b"\0") + values.ljust(values_at, b"\0") + pixels
+
+
 class _Corpus:
     """The files written so far."""
 

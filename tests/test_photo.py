@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from picinspector import schema
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.photo import WORKING_PX, CropSpec, Limits, Photo, decode
-from tests.awkward import CAMERA_FACTS, Case, camera_exif, encode, make_corpus, png, quadrants
+from tests.awkward import CAMERA_FACTS, QUADRANTS, Case, camera_exif, dng, encode, make_corpus, png, quadrants
 
 SQUASH = CropSpec(64, 64, "bilinear", "squash")
 CENTRE = CropSpec(96, 80)
@@ -212,6 +212,26 @@ def test_decoding_twice_gives_the_same() -> None:
     assert first.facts == second.facts
     assert np.array_equal(first.working, second.working)
     assert np.array_equal(first.crops[0], second.crops[0])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_camera_raw_is_developed_upright(orientation: int) -> None:
+    """LibRaw chooses the brightness itself: a colour may be off by that, but not be another colour."""
+    photo = decode(dng(orientation), [SQUASH], suffix=".DNG")
+    assert (photo.facts["width"], photo.facts["height"], photo.facts["format"]) == (320, 240, "RAW")
+    assert photo.facts["camera"] == "Acme One"
+    found = [photo.crops[0][row, column].astype(int) for row in (16, 48) for column in (16, 48)]
+    assert np.abs(np.array(found) - QUADRANTS).max() <= 45
+
+
+def test_damaged_camera_raw_is_a_photo_error() -> None:
+    data = dng(1)
+    for cut in (1, 8, 100, 2048, len(data) // 2):
+        with pytest.raises(PhotoError):
+            decode(data[:cut], [], suffix=".dng")
+    with pytest.raises(PhotoError) as caught:
+        decode(data, [], Limits(max_pixels=320 * 240 - 1), suffix=".dng")
+    assert caught.value.kind == ErrorKind.TOO_MANY_PIXELS
 
 
 # --- limits and damage ------------------------------------------------------------------------------------------------
