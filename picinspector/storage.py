@@ -93,8 +93,9 @@ def is_signed(uri: str) -> bool:
     """True if a URI carries a signature, a key or a password, which must never reach a table."""
     if "://" not in uri or is_local(uri):
         return False
-    parts = urlsplit(uri)
-    return "@" in parts.netloc or any(key.lower() in _SECRET_PARAMETERS for key, _ in parse_qsl(parts.query))
+    address, _, query = uri.split("://", 1)[1].partition("?")  # urlsplit raises on what is no URL
+    host = address.split("/", 1)[0]
+    return "@" in host or any(key.lower() in _SECRET_PARAMETERS for key, _ in parse_qsl(query))
 
 
 def fetch(
@@ -156,8 +157,8 @@ async def _read_remote(filesystem: fsspec.asyn.AsyncFileSystem, path: str, max_b
     # A range guards against a file far larger than its listing said; servers answer 416 to a range of nothing.
     try:
         content = await asyncio.wait_for(filesystem._cat_file(path, start=0, end=max_bytes + 1), _TIMEOUT_S)
-    except OSError as error:
-        if "InvalidRange" not in f"{error} {error.__cause__!r}" and "not satisfiable" not in str(error).lower():
+    except Exception as error:
+        if _status(error) != 416:
             raise
         return b""
     return bytes(content)
@@ -197,6 +198,7 @@ def _backoff_s(attempt: int) -> float:
 
 
 _THROTTLED = re.compile(r"slow\s?down|reduce your request rate|throttl|too many requests|serviceunavailable", re.I)
+_BROKEN = ("Connect", "Disconnected", "Payload", "IncompleteRead", "ResponseStreaming")
 _BY_STATUS = {401: ErrorKind.ACCESS_DENIED, 403: ErrorKind.ACCESS_DENIED, 404: ErrorKind.NOT_FOUND}
 _BY_STATUS |= {408: ErrorKind.TIMEOUT, 429: ErrorKind.THROTTLED, 503: ErrorKind.THROTTLED, 504: ErrorKind.TIMEOUT}
 
@@ -207,19 +209,30 @@ def to_photo_error(error: Exception) -> PhotoError:
 
 
 def _kind(error: Exception) -> ErrorKind:
-    name, status = type(error).__name__, getattr(error, "status", None)
-    if isinstance(status, int) and status in _BY_STATUS:
-        return _BY_STATUS[status]
-    if _THROTTLED.search(str(error)) or getattr(error, "errno", None) == errno.EBUSY:
-        return ErrorKind.THROTTLED
+    # aiohttp's and botocore's errors share no base class with Python's.
+    names, status = [base.__name__ for base in type(error).__mro__], _status(error)
+    # Before any look at the message, which holds the file's name.
     if isinstance(error, FileNotFoundError):
         return ErrorKind.NOT_FOUND
-    if isinstance(error, PermissionError) or name in ("NoCredentialsError", "PartialCredentialsError"):
+    if isinstance(error, PermissionError) or names[0] in ("NoCredentialsError", "PartialCredentialsError"):
         return ErrorKind.ACCESS_DENIED
-    if isinstance(error, TimeoutError) or "timeout" in name.lower():
+    if _THROTTLED.search(str(error)) or getattr(error, "errno", None) == errno.EBUSY:
+        return ErrorKind.THROTTLED
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if isinstance(error, TimeoutError) or any("timeout" in name.lower() for name in names):
         return ErrorKind.TIMEOUT
-    # aiohttp's and botocore's connection errors share no base class with Python's.
-    broken = any(part in name for part in ("Connect", "Disconnected", "Payload", "IncompleteRead", "ResponseStreaming"))
-    if broken or isinstance(error, ConnectionError) or (isinstance(status, int) and status >= 500):
+    if any(part in name for part in _BROKEN for name in names) or status >= 500:
         return ErrorKind.CONNECTION
     return ErrorKind.STORAGE
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status behind an error of aiohttp, of botocore, or that s3fs made of botocore's; 0 if there is none."""
+    for origin in (error, error.__cause__):
+        response = getattr(origin, "response", None)
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        for status in (getattr(origin, "status", None), metadata.get("HTTPStatusCode")):
+            if isinstance(status, int):
+                return status
+    return 0
