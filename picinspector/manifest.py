@@ -6,13 +6,15 @@ Pages go through a bounded queue, so that memory stays constant however many pho
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import fsspec
@@ -46,7 +48,7 @@ def list_library(
 
     Args:
         library: a prefix or folder; or a Parquet, CSV (column `uri`) or text file (a line each) naming photos; or one
-            photo. Names in a list may be relative to the list.
+            photo. Names in a list may be relative to the list; lines of a text file that start with # are comments.
         options: fsspec storage options.
         suffixes: file name extensions that count as photos, lower case with the dot. Lists are taken whole.
 
@@ -90,13 +92,13 @@ def _from_list(
             elif text.lower().endswith(".csv"):
                 table = pa.csv.read_csv(file)
             else:
-                lines = file.read().decode("utf-8").splitlines()
+                lines = file.read().decode("utf-8-sig").splitlines()
                 table = pa.table({"uri": [line.strip() for line in lines if line.strip() and not line.startswith("#")]})
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StorageError(f"cannot read the list {redact(text)}: {to_photo_error(error).message}") from error
     if "uri" not in table.column_names:
         raise UsageError(f"{redact(text)}: the list needs a column `uri`, it has {table.column_names}")
-    base = text.rsplit("/", 1)[0] + "/" if "/" in text else ""
+    base = os.path.dirname(path) if is_local(text) else text.rsplit("/", 1)[0]  # noqa: PTH120
     uris: dict[str, None] = {}  # ordered and distinct: a photo named twice is one photo
     for number, uri in enumerate(table.column("uri").to_pylist(), 1):
         if not isinstance(uri, str) or not uri:
@@ -119,15 +121,17 @@ def stat_uris(uris: Sequence[str], options: Mapping[str, Any] | None = None) -> 
 
 
 def _absolute(uri: str, base: str) -> str:
-    if "://" in uri:
+    if "://" in uri or os.path.isabs(uri):  # noqa: PTH117
         return uri
-    return os.path.abspath(base + uri) if is_local(base) else base + uri  # noqa: PTH100
+    return os.path.abspath(f"{base}/{uri}") if is_local(base) else f"{base}/{uri}"  # noqa: PTH100
 
 
 def _stat(uri: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         filesystem, path = open_filesystem(uri, options)
-        return _row(to_uri(filesystem, path) if is_local(uri) else uri, filesystem.info(path))
+        if is_local(uri):  # with the nanoseconds that a listing sees, and fsspec's info rounds
+            return _row(to_uri(filesystem, path), _stat_local(path, os.stat(path)))  # noqa: PTH116
+        return _row(uri, filesystem.info(path))
     except Exception:  # it stays in the manifest; fetching it will say what is wrong, as that row's error
         return {"image_id": image_id(uri, None), "uri": uri, "etag": None, "size_bytes": None, "last_modified": None}
 
@@ -146,10 +150,17 @@ def _walk_local(folder: str) -> Iterator[list[dict[str, Any]]]:
         files = []
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_file():
-                    files.append(_stat_local(entry.path, entry.stat()))
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.is_file():
+                        files.append(_stat_local(entry.path, entry.stat()))
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone since, or a link to itself: no file
+                        raise
+                if len(files) == _BATCH_ROWS:
+                    yield files
+                    files = []
         yield files
 
 
@@ -265,11 +276,14 @@ def _to_rows(
 def _row(uri: str, info: Mapping[str, Any]) -> dict[str, Any]:
     size = info.get("size", info.get("Size"))
     modified = info.get("time") or info.get("LastModified") or info.get("last_modified") or info.get("mtime")
+    if modified is None and (text := info.get("Last-Modified")):  # a web server's header
+        modified = parsedate_to_datetime(text)
     if (nanoseconds := info.get("mtime_ns")) is None and isinstance(modified, int | float):
         nanoseconds = int(modified * 1e9)
-        modified = datetime.fromtimestamp(modified, UTC)
-    elif nanoseconds is not None:
-        modified = datetime.fromtimestamp(nanoseconds / 1e9, UTC)
+    if nanoseconds is not None:
+        modified = datetime.fromtimestamp(nanoseconds // 10**9, UTC) + timedelta(
+            microseconds=nanoseconds // 1000 % 10**6
+        )
     etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
     if nanoseconds is None and isinstance(modified, datetime):
         nanoseconds = int(modified.timestamp() * 1e9)
