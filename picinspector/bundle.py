@@ -173,14 +173,16 @@ def fetch_full(
     """Put the full bundle together: CLIP ViT-L/14 and DINOv2-base, with zero-shot prompts until a scorer is trained.
 
     Args:
-        folder: where to; default `fetched_folder()`. Replaced if it exists.
+        folder: where to; default `fetched_folder()`. A bundle that is there is replaced.
         clip, dinov2: local folders in the published formats, instead of the Hugging Face hub at pinned revisions.
 
     Raises:
-        BundleError: a file cannot be had.
+        BundleError: a file cannot be had, or the folder holds something else.
     """
     recipe = _full_recipe()
     target = Path(folder) if folder else fetched_folder()
+    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
+        raise BundleError(f"{target} exists and is not a bundle; give a new or an empty folder")
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         for piece, local in (("clip", clip), ("dinov2", dinov2)):

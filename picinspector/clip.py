@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import open_clip
 import torch
+from safetensors import SafetensorError
 
 from picinspector.device import pick_device, pick_dtype, to_embeddings, to_input
 from picinspector.errors import BundleError
@@ -69,9 +70,11 @@ def _load(folder: str | os.PathLike[str]) -> torch.nn.Module:
     weights = sorted(Path(folder).glob("*.safetensors"))
     if len(weights) != 1:
         raise BundleError(f"{folder}: expected one .safetensors file, found {len(weights)}; fetch the bundle again")
+    if pickled := sorted(path.name for suffix in ("bin", "pt", "pth") for path in Path(folder).glob(f"*.{suffix}")):
+        raise BundleError(f"{folder}: {pickled[0]} may be a pickle, which is never loaded; remove it")
     try:
         model: torch.nn.Module = open_clip.create_model(_local_dir(folder), require_pretrained=True)
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, FileNotFoundError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BundleError(f"{folder}: open_clip cannot load it: {reason}") from error
     return model

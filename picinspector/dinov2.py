@@ -6,10 +6,11 @@ A DINOv2 folder is a Hugging Face model folder: `config.json`, `model.safetensor
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import Dinov2Model
 from transformers.utils import logging as transformers_logging
 
@@ -42,14 +43,21 @@ class Dinov2Encoder:
         self._preprocess = dinov2_preprocess(folder)
         self.crop = self._preprocess.crop
         try:
-            model = Dinov2Model.from_pretrained(
-                os.fspath(folder), local_files_only=True, use_safetensors=True, dtype=self.dtype
+            loaded: Any = Dinov2Model.from_pretrained(
+                os.fspath(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=self.dtype,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{folder}: transformers cannot load it: {reason}") from error
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+            raise BundleError(f"{folder}: the weights lack {missing[0]}, which config.json asks for; fetch it again")
         self.dim = int(model.config.hidden_size)
-        self._model = cast(torch.nn.Module, model).to(self.device).eval()
+        self._model: torch.nn.Module = model.to(self.device).eval()
 
     @torch.inference_mode()
     def encode(self, crops: np.ndarray) -> np.ndarray:
