@@ -1,7 +1,7 @@
 """What `make demo` runs: a small library of real photos and their ruins, scored, ranked, shown.
 
-The photos are the ones scikit-image and scikit-learn carry in their wheels; none of them was trained on. Each is joined by
-controlled degradations of itself, and a few broken files lie among them.
+The photos are the ones scikit-image and scikit-learn carry in their wheels; none of them was trained on. Each is joined
+by controlled degradations of itself, and a few broken files lie among them.
 """
 
 from __future__ import annotations

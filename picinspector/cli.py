@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import Annotated, Any
 
 import typer
 
 import picinspector
+from picinspector import errors
 from picinspector.errors import PicInspectorError, UsageError
 
 app = typer.Typer(
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         cause = getattr(error, "cause", None) or error
         reason = (str(cause).strip().splitlines() or [""])[-1]
+        # An actor that died while starting leaves nothing but its traceback's text.
+        if found := re.match(r"picinspector\.errors\.(\w+): (.*)", reason):
+            return _complain(found[2], int(getattr(errors, found[1]).exit_code))
         return _complain(f"{type(cause).__name__}: {reason} (PICINSPECTOR_DEBUG=1 shows where)", 1)
 
 

@@ -27,7 +27,7 @@ from picinspector.errors import ErrorKind, PhotoError
 WORKING_PX = 512
 
 #: What Pillow may try. A short list keeps rarely exercised decoders away from untrusted bytes.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "DIB", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "DIB", "GIF")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
 
 RAW_SUFFIXES = frozenset(
@@ -148,14 +148,16 @@ def _open(data: bytes, limits: Limits, need_px: int) -> tuple[Image.Image, dict[
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
     _check_pixels(width, height, limits)
+    if image.format in ("JPEG", "MPO"):
+        image.draft(None, (need_px, need_px))
+    # Before the EXIF: Pillow looks for a PNG's behind the pixels, and where loading failed there, loading again here
+    # would succeed with a black picture. Loading also turns a TIFF, and takes the orientation out of its EXIF.
+    image.load()
     exif = _exif(image)
     turn = _TURNS.get(exif.get(ExifTags.Base.Orientation)) if image.format != "HEIF" else None
     if turn in _SIDEWAYS:
         width, height = height, width
     facts = _facts(exif, image.format or "", width, height)
-    if image.format in ("JPEG", "MPO"):
-        image.draft(None, (need_px, need_px))
-    image.load()
     return (image.transpose(turn) if turn is not None else image), facts
 
 
@@ -175,10 +177,11 @@ def _open_raw(data: bytes, limits: Limits) -> tuple[Image.Image, dict[str, Any]]
                 width, height = height, width
     except rawpy.LibRawError as error:
         raise PhotoError(ErrorKind.CORRUPT, f"camera raw cannot be decoded: {error}") from error
+    exif = Image.Exif()
     try:
-        exif = _exif(Image.open(io.BytesIO(data), formats=("TIFF",)))
-    except (OSError, SyntaxError, ValueError):
-        exif = Image.Exif()  # CR3 and RAF are not TIFF: the pixels count, the facts are a gift
+        exif.load(data)  # TIFF tags; opening it as a TIFF would also ask for pixels that Pillow understands
+    except Exception:  # CR3 and RAF are not TIFF: the pixels count, the facts are a gift
+        exif = Image.Exif()
     return Image.fromarray(pixels), _facts(exif, "RAW", width, height)
 
 

@@ -107,7 +107,9 @@ def score(library: str, destination: str, options: Options = Options()) -> dict[
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
     bundle = open_bundle(options.bundle)
-    score_columns(bundle)  # loads the scorer: a bundle that does not fit fails here, not on a worker
+    for piece in bundle.pieces:  # a damaged bundle fails here, before anything is written, and not on a worker
+        bundle.piece(piece)
+    score_columns(bundle)
     dest = Destination(destination, options.storage_options)
     dest.check_writable()
     record = _new_record("score", bundle, dest, library)

@@ -10,6 +10,7 @@ import platform
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,13 +34,17 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Below fatal, Ray's C++ side talks to developers of Ray, past logging and into the progress line.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # More workers than this at once bring a warning, on stdout of all places; a pipeline of three pools needs them.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address or os.environ.get("RAY_ADDRESS"):
         ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
     else:
         ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=False, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
+    # Ray Data logs every failure as a stack trace; it is raised as well, and the command line says it in one line.
+    level = logging.INFO if os.environ.get("PICINSPECTOR_DEBUG") else logging.CRITICAL
+    logging.getLogger("ray.data").setLevel(level)
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # one line of our own; Ray's dashboard has the details
     context.print_on_execution_start = False

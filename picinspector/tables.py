@@ -48,8 +48,7 @@ class Destination:
         self.url = redact(os.fspath(url))
         self.filesystem, root = open_filesystem(url, options)
         self.root = root.rstrip("/")
-        # Another process may have written since: a cached listing would show yesterday's runs.
-        self.filesystem.invalidate_cache()
+        self._local = is_local(os.fspath(url))
 
     def table_path(self, table: TableName, run_id: str) -> str:
         """Folder of one run's rows of a table."""
@@ -81,7 +80,7 @@ class Destination:
         path = f"{self.root}/runs/{record['run_id']}/run.json"
         content = json.dumps(record, indent=2, default=str).encode()
         self.filesystem.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120
-        if is_local(path):
+        if self._local:
             # A rename is atomic; object stores publish whole objects by themselves.
             self.filesystem.pipe_file(f"{path}.tmp", content)
             self.filesystem.mv(f"{path}.tmp", path)
@@ -90,11 +89,17 @@ class Destination:
 
     def runs(self) -> list[dict[str, Any]]:
         """Run records of all committed runs, oldest first."""
-        paths = self.filesystem.glob(f"{self.root}/runs/*/run.json")
-        contents = self.filesystem.cat(paths) if paths else {}
-        if isinstance(contents, bytes):  # fsspec gives the bytes alone for a single path on some filesystems
-            contents = {paths[0]: contents}
-        return sorted((json.loads(content) for content in contents.values()), key=lambda record: record["run_id"])
+        paths = [f"{folder}/run.json" for folder in self._list(f"{self.root}/runs")]
+        contents = self.filesystem.cat(paths, on_error="return") if paths else {}
+        records = []
+        for path, content in contents.items():
+            if isinstance(content, FileNotFoundError | NotADirectoryError):
+                continue  # never committed
+            if isinstance(content, Exception):
+                reason = to_photo_error(content).message
+                raise StorageError(f"cannot read {redact(path)}: {reason}; run the same command again") from content
+            records.append(json.loads(content))
+        return sorted(records, key=lambda record: record["run_id"])
 
     # --- tables -------------------------------------------------------------------------------------------------------
 
@@ -110,7 +115,16 @@ class Destination:
 
     def files(self, folder: str) -> list[str]:
         """Parquet files below a folder, sorted; none if it is not there."""
-        return sorted(self.filesystem.glob(f"{folder}/*.parquet"))
+        return sorted(path for path in self._list(folder) if path.endswith(".parquet"))
+
+    def _list(self, folder: str) -> list[str]:
+        # Other processes write here: a cached listing would show yesterday's runs. No glob: a path may hold `[` or `*`.
+        self.filesystem.invalidate_cache()
+        try:
+            paths: list[str] = self.filesystem.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        return [path.rstrip("/") for path in paths]
 
     def scan(self, table: TableName, run_ids: Sequence[str], columns: Sequence[str]) -> pa.dataset.Scanner | None:
         """Columns of one table's rows of these runs, streamed; None where they wrote no file of it.

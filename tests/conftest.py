@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,27 @@ def s3_server() -> Iterator[s3.S3Server]:
 def s3_bucket(s3_server: s3.S3Server) -> str:
     """An empty bucket of this test's own."""
     return s3_server.make_bucket()
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Ray on this machine, as a run without an address starts it; stopped when the session ends."""
+    import ray
+
+    from picinspector import runs
+
+    os.environ.pop("RAY_ADDRESS", None)
+    runs.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bundle with tiny random models."""
+    from tests.bundles import tiny_bundle
+
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny").folder
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
