@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -90,16 +91,19 @@ class Destination:
     def runs(self) -> list[dict[str, Any]]:
         """Run records of all committed runs, oldest first."""
         paths = [f"{folder}/run.json" for folder in self._list(f"{self.root}/runs")]
-        contents = self.filesystem.cat(paths, on_error="return") if paths else {}
-        records = []
-        for path, content in contents.items():
-            if isinstance(content, FileNotFoundError | NotADirectoryError):
-                continue  # never committed
-            if isinstance(content, Exception):
-                reason = to_photo_error(content).message
-                raise StorageError(f"cannot read {redact(path)}: {reason}; run the same command again") from content
-            records.append(json.loads(content))
+        with ThreadPoolExecutor(16) as pool:
+            records = [record for record in pool.map(self._read_record, paths) if record is not None]
         return sorted(records, key=lambda record: record["run_id"])
+
+    def _read_record(self, path: str) -> dict[str, Any] | None:
+        try:
+            record: dict[str, Any] = json.loads(self.filesystem.cat_file(path))
+            return record
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # never committed
+        except Exception as error:  # taken for uncommitted, it would have a whole library scored again
+            reason = to_photo_error(error).message
+            raise StorageError(f"cannot read {redact(path)}: {reason}; run the same command again") from error
 
     # --- tables -------------------------------------------------------------------------------------------------------
 
