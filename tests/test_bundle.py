@@ -262,7 +262,8 @@ def test_a_scorer_of_another_width_is_refused_with_advice(folder: Path) -> None:
     wide = {"clip_embedding": np.zeros((3, 40), np.float16), "measured_sharpness": np.zeros(3, np.float32)}
     assert refusal(lambda: scorer.predict(wide)) == (
         "the scorer was trained on 33 features, these embeddings give 41 "
-        "{'clip_embedding': 40, 'measured_sharpness': 1}: score with the bundle that embedded the library, or embed it again with this one"
+        "{'clip_embedding': 40, 'measured_sharpness': 1}: "
+        "score with the bundle that embedded the library, or embed it again with this one"
     )
     edit(folder / "scorer" / "scorer.json", num_features=32)
     assert "takes 33 features but scorer.json says 32" in refusal(lambda: Scorer(folder / "scorer"))
