@@ -202,6 +202,7 @@ def _embed(
             )
         )
     record["seconds"]["embed"] = time.monotonic() - started
+    record["embed_photos_per_s"] = round(report.rate, 3)
     dest.check_rows("embeddings", run_id, total)
     return {"encoders": pools.encoders, "gpus": pools.gpus, "cpus": pools.cpus, "batch_size": pools.batch_size,
             "block_rows": pools.block_rows, "readers": pools.readers}  # fmt: skip
@@ -245,6 +246,7 @@ def _score(
                 min_rows_per_file=min(_ROWS_PER_FILE * 8, total),
             )
     record["seconds"]["score"] = time.monotonic() - started
+    record["score_photos_per_s"] = round(report.rate, 3)
     dest.check_rows("scores", run_id, total)
 
 

@@ -107,21 +107,32 @@ class _Tally:
     """Counts over all workers: what they report goes here, the driver's progress line reads it."""
 
     def __init__(self) -> None:
-        self.done = self.errors = 0
+        self.done = self.errors = self.first_done = 0
+        self.first_at = self.last_at = 0.0
 
     def add(self, done: int, errors: int) -> None:
         self.done += done
         self.errors += errors
+        self.last_at = time.monotonic()
+        if not self.first_at:
+            self.first_at, self.first_done = self.last_at, done
 
-    def read(self) -> tuple[int, int]:
-        return self.done, self.errors
+    def read(self) -> tuple[int, int, float]:
+        """Rows done, rows with errors, rows a second between the first batch and the last: start-up is not speed."""
+        span = self.last_at - self.first_at
+        return self.done, self.errors, (self.done - self.first_done) / span if span > 0 else 0.0
 
 
 class Reporter:
-    """A `stages.Report` that travels to the workers."""
+    """A `stages.Report` that travels to the workers.
+
+    Attributes:
+        rate: rows a second between the first batch and the last; known once the work is over.
+    """
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self.rate = 0.0
 
     def __call__(self, done: int, errors: int) -> None:
         """Add to the tally; does not wait."""
@@ -134,12 +145,13 @@ def progress(verb: str, total: int, show: bool) -> Iterator[Reporter]:
     # On the driver's own node: a tally on a spot worker would take the count with it.
     node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), True)
     actor = ray.remote(num_cpus=0)(_Tally).options(scheduling_strategy=node).remote()
-    finished = threading.Event()
+    finished, reporter = threading.Event(), Reporter(actor)
     line = threading.Thread(target=_keep_line, args=(verb, total, actor, finished), daemon=True)
     if show:
         line.start()
     try:
-        yield Reporter(actor)
+        yield reporter
+        reporter.rate = ray.get(actor.read.remote())[2]
     finally:
         finished.set()
         if show:
@@ -148,26 +160,21 @@ def progress(verb: str, total: int, show: bool) -> Iterator[Reporter]:
 
 
 def _keep_line(verb: str, total: int, actor: Any, finished: threading.Event) -> None:
-    terminal, started, first_at, first_done = sys.stderr.isatty(), time.monotonic(), 0.0, 0
+    terminal = sys.stderr.isatty()
     while True:
         last = finished.wait(0.5 if terminal else 10.0)
         try:
-            done, errors = ray.get(actor.read.remote(), timeout=5)
+            done, errors, rate = ray.get(actor.read.remote(), timeout=5)
         except Exception:  # the cluster is going down; the run itself will say why
             return
-        now = time.monotonic() - started
-        if done and not first_at:
-            first_at, first_done = now, done  # the rate counts from the first batch on: start-up is not speed
-        span = now - first_at
-        rate = (done - first_done) / span if span > 1 and done > first_done else done / now
         left = f", {_duration((total - done) / rate)} left" if rate and not last else ""
         text = f"{verb}: {done:,} of {total:,} photos, {rate:,.1f}/s, {errors:,} errors{left}"
         sys.stderr.write(f"\r\x1b[K{text}" if terminal else f"{text}\n")
         if last:
             sys.stderr.write("\n" if terminal else "")
-            sys.stderr.flush()
-            return
         sys.stderr.flush()
+        if last:
+            return
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,103 @@
+"""Jobs submitted to a real Ray head over the job API, as a user submits them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.test_pipeline import make_library, rows_of
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head of its own, with six logical CPUs."""
+
+    jobs_url: str
+    environment: dict[str, str]
+
+    def submit(self, *command: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir . -- command`, from the repository as it is."""
+        ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", self.jobs_url]
+        return subprocess.run(
+            [*ray, "--working-dir", ".", "--", *command],
+            cwd=REPOSITORY, env=self.environment, timeout=timeout_s, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    port, dashboard = free_port(), free_port()
+    # Tokens are for clusters others can reach; this one listens on loopback.
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment.pop("RAY_ADDRESS", None)
+    log = tmp_path_factory.mktemp("head") / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+             f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=6",
+             "--object-store-memory=500000000"],
+            env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        _wait_for(f"{url}/api/version", process, log)
+        yield Head(url, environment)
+    finally:
+        process.send_signal(signal.SIGTERM)  # --block takes its children with it; `ray stop` would take everybody's
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"the Ray head did not start; its log ends: {log.read_text()[-2000:]}")
+
+
+def test_score_and_rescore_as_submitted_jobs(head: Head, tiny: Path, tmp_path: Path) -> None:
+    library, dest = tmp_path / "library", tmp_path / "dest"
+    make_library(library, 12)
+    (library / "broken.jpg").write_bytes(b"")
+    done = head.submit("python", "jobs/score.py", str(library), "--out", str(dest), "--bundle", str(tiny))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "12 photos scored, 1 failed" in done.stdout
+    assert "photos" in done.stdout
+    rows = rows_of(dest, "scores", "uri, error_kind")
+    assert len(rows) == 13
+    record = json.loads(next((dest / "runs").glob("*/run.json")).read_text())
+    assert record["environment"]["cluster"]["cpus"] == 6  # the head's, not a Ray of the job's own
+
+    again = head.submit("python", "jobs/rescore.py", str(dest), "--bundle", str(tiny))
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert len(rows_of(dest, "scores", "uri")) == 26
+
+    wrong = head.submit(*shlex.split(f"python jobs/score.py {tmp_path}/nowhere --out {dest}"), "--bundle", str(tiny))
+    assert wrong.returncode != 0
+    assert "cannot list" in wrong.stdout
