@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,15 @@ def build_library(folder: Path) -> None:
     (broken / "empty.jpg").write_bytes(b"")
     (broken / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (broken / "letter.jpg").write_text("Dear diary, this is not a photograph.\n")
-    # A header that promises 30,000 x 30,000 pixels in front of nothing.
-    (broken / "bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0" + b"\0" * 4
+    (broken / "bomb.png").write_bytes(_bomb())
+
+
+def _bomb() -> bytes:
+    """A sound PNG header that promises 30,000 x 30,000 pixels, and next to no data."""
+    header = (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big") for name, body in chunks
     )
 
 

@@ -37,10 +37,11 @@ def connect(address: str | None = None) -> None:
     # More workers than this at once bring a warning, on stdout of all places; a pipeline of three pools needs them.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
-    else:
-        ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=False, **quiet)
+    with _silent_stderr():
+        if address or os.environ.get("RAY_ADDRESS"):
+            ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
+        else:
+            ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=False, **quiet)
     # Ray Data logs every failure as a stack trace; it is raised as well, and the command line says it in one line.
     level = logging.INFO if os.environ.get("PICINSPECTOR_DEBUG") else logging.CRITICAL
     logging.getLogger("ray.data").setLevel(level)
@@ -48,6 +49,20 @@ def connect(address: str | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # one line of our own; Ray's dashboard has the details
     context.print_on_execution_start = False
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what C++ code writes to stderr: Ray announces each setting above there. Its failures are exceptions."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _cores() -> int:
@@ -168,7 +183,8 @@ def _keep_line(verb: str, total: int, actor: Any, finished: threading.Event) -> 
         except Exception:  # the cluster is going down; the run itself will say why
             return
         left = f", {_duration((total - done) / rate)} left" if rate and not last else ""
-        text = f"{verb}: {done:,} of {total:,} photos, {rate:,.1f}/s, {errors:,} errors{left}"
+        speed = f", {rate:,.1f}/s" if rate else ""
+        text = f"{verb}: {done:,} of {total:,} photos{speed}, {errors:,} errors{left}"
         sys.stderr.write(f"\r\x1b[K{text}" if terminal else f"{text}\n")
         if last:
             sys.stderr.write("\n" if terminal else "")

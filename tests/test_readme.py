@@ -1,0 +1,115 @@
+"""What the README tells people to type, typed; and what the demo promises, checked on its tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import demo
+from picinspector import schema
+from picinspector.tables import Destination, failures
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def everyday_commands() -> list[str]:
+    """Commands of the README that need no cluster and no bucket."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("picinspector ")]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A folder in which the README's commands were run on the demo's library."""
+
+    folder: Path
+    outputs: dict[str, subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Typed:
+    folder = tmp_path_factory.mktemp("readme")
+    demo.build_library(folder / "photos")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("RAY_ADDRESS", None)
+    outputs = {
+        command: subprocess.run(
+            command, shell=True, cwd=folder, env=environment, timeout=600, capture_output=True, text=True, check=False
+        )
+        for command in everyday_commands()
+    }
+    return Typed(folder, outputs)
+
+
+def test_everyday_commands_work_as_written(typed: Typed) -> None:
+    assert len(typed.outputs) >= 3
+    for command, done in typed.outputs.items():
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr, command
+    top = next(done.stdout for command, done in typed.outputs.items() if command.startswith("picinspector top"))
+    assert len(top.strip().splitlines()) == 21
+
+
+def test_the_python_block_works_as_written(typed: Typed) -> None:
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=typed.folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "quality_score" in done.stdout
+
+
+def test_files_and_targets_it_names_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text("utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"\b(?:jobs|docs)/\w+\.\w+|\bcluster\.yaml|\bCONTRIBUTING\.md", README):
+        assert (REPOSITORY / path).is_file(), path
+
+
+def test_every_column_of_scores_is_explained() -> None:
+    short = {f"attribute_{name}": f"_{name}" for name in schema.ATTRIBUTES}
+    for name in schema.SCORES.names:
+        if not name.startswith("scene_"):
+            assert f"`{name}`" in README or f"`{short.get(name, name)}`" in README, name
+
+
+def test_pristine_photos_outrank_their_strong_degradations(typed: Typed) -> None:
+    scores = demo.scores_by_name(Destination(typed.folder / "tables"))
+    won, pairs = demo.pairs_won(scores)
+    assert pairs == len(demo.real_photos()) * 7
+    assert won / pairs >= 0.9, {name: score for name, score in scores.items() if "strong" in name or "pristine" in name}
+
+
+def test_broken_files_are_named_with_their_reason(typed: Typed) -> None:
+    kinds = {Path(row["uri"]).name: row["error_kind"] for row in failures(Destination(typed.folder / "tables"))}
+    assert kinds == {
+        "empty.jpg": "empty",
+        "half.jpg": "truncated",
+        "letter.jpg": "unknown_format",
+        "bomb.png": "too_many_pixels",
+    }
+
+
+def test_the_gallery_shows_every_photo(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for index in range(7):
+        Image.new("RGB", (300, 200), (index * 30, 0, 0)).save(tmp_path / f"{index}.png")
+        rows.append({"uri": str(tmp_path / f"{index}.png"), "quality_score": 9.0 - index})
+    demo.draw_gallery(rows, tmp_path / "gallery.png", columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "gallery.png"))
+    assert sheet.shape[0] == 3 * sheet.shape[1] // 3 // 190 * 212
+    assert abs(int(sheet[212 * 2 + 95, 92, 0]) - 180) < 6  # the seventh, first of the third line
