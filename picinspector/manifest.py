@@ -62,7 +62,12 @@ def list_library(
         yield from _from_list(filesystem, path, text, options)
         return
     if text.startswith(("http://", "https://")):
-        raise UsageError(f"{redact(text)}: a web server cannot be listed; give a .csv, .parquet or .txt list of URLs")
+        if os.path.splitext(text)[1].lower() in suffixes and not is_signed(text):  # noqa: PTH122
+            yield stat_uris([text], options)
+            return
+        raise UsageError(
+            f"{redact(text)}: a web server cannot be listed; give a photo, or a .csv, .parquet or .txt list"
+        )
     try:
         if is_local(text):
             pages = _walk_local(path)

@@ -54,12 +54,15 @@ class CropSpec:
         crop_px: side of the centre square, `<= resize_px`.
         resample: `bicubic`, `bilinear` or `lanczos`, antialiased.
         mode: `shortest` or `squash`.
+        odd_margin: where the centre lies if the margins add up to an odd number: `round` (half to even) as torchvision
+            and so open_clip have it, `floor` as transformers.
     """
 
     resize_px: int
     crop_px: int
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     mode: Literal["shortest", "squash"] = "shortest"
+    odd_margin: Literal["round", "floor"] = "round"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def decode(data: bytes, crops: Sequence[CropSpec], limits: Limits = Limits(), su
                 image, facts = _open(data, limits, need_px)
             image = _to_srgb(image)
             image = _shrink(image, need_px)
-            working = _resize_shortest(image, min(WORKING_PX, min(image.size)), Image.Resampling.BICUBIC)
+            working = _working(image)
             facts["phash"] = _phash(working)
             return Photo(facts, np.asarray(working), [np.asarray(_crop(image, spec)) for spec in crops])
     except PhotoError:
@@ -248,32 +251,31 @@ def _shrink(image: Image.Image, need_px: int) -> Image.Image:
     return image.reduce(factor) if factor >= 2 else image
 
 
-def _resize_shortest(image: Image.Image, side_px: int, resample: Image.Resampling) -> Image.Image:
+def _working(image: Image.Image) -> Image.Image:
+    side_px = min(WORKING_PX, *image.size)
+    return image.resize(_shortest_size(image.size, side_px), Image.Resampling.BICUBIC)
+
+
+def _shortest_size(size: tuple[int, int], side_px: int) -> tuple[int, int]:
     # Truncation of the longer side as torchvision's Resize does it, so that crops match the models' own transforms.
-    width, height = image.size
+    width, height = size
     if width <= height:
-        size = (side_px, max(1, int(side_px * height / width)))
-    else:
-        size = (max(1, int(side_px * width / height)), side_px)
-    return image if size == image.size else image.resize(size, resample)
+        return side_px, max(1, int(side_px * height / width))
+    return max(1, int(side_px * width / height)), side_px
 
 
 def _crop(image: Image.Image, spec: CropSpec) -> Image.Image:
-    resample = Image.Resampling[spec.resample.upper()]
-    if spec.mode == "squash":
-        resized = image.resize((spec.resize_px, spec.resize_px), resample)
-        left, top = (spec.resize_px - spec.crop_px) // 2, (spec.resize_px - spec.crop_px) // 2
-    else:
-        # Only the square's surroundings are resized: a 1 x 4000 strip must not become 224 x 896,000.
-        width, height = image.size
-        longest = min(width, height) * 4
-        if max(width, height) > longest:
-            x, y = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-            image = image.crop((x, y, x + min(width, longest), y + min(height, longest)))
-        resized = _resize_shortest(image, spec.resize_px, resample)
-        left = round((resized.width - spec.crop_px) / 2.0)
-        top = round((resized.height - spec.crop_px) / 2.0)
-    return resized.crop((left, top, left + spec.crop_px, top + spec.crop_px))
+    square = (spec.resize_px, spec.resize_px)
+    width, height = square if spec.mode == "squash" else _shortest_size(image.size, spec.resize_px)
+    centre = round if spec.odd_margin == "round" else math.floor
+    left, top = centre((width - spec.crop_px) / 2.0), centre((height - spec.crop_px) / 2.0)
+    resample, right, bottom = Image.Resampling[spec.resample.upper()], left + spec.crop_px, top + spec.crop_px
+    if max(width, height) <= 4 * spec.resize_px:
+        return image.resize((width, height), resample).crop((left, top, right, bottom))
+    # A 1 x 4000 strip must not become 224 x 896,000: only the square is resized, from where it lies. The same picture,
+    # but for single pixels (3/255 seen), because Pillow keeps the box in single precision.
+    x, y = image.width / width, image.height / height
+    return image.resize((spec.crop_px, spec.crop_px), resample, (left * x, top * y, right * x, bottom * y))
 
 
 def _phash(working: Image.Image) -> int:

@@ -74,7 +74,7 @@ def dinov2_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
         resample = cast(Literal["lanczos", "bilinear", "bicubic"], _RESAMPLE[config["resample"]])
         if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
             raise ValueError(f"rescale_factor={config['rescale_factor']}, expected 1/255")
-        crop = CropSpec(resize_px, _side((crop_px["height"], crop_px["width"])), resample)
+        crop = CropSpec(resize_px, _side((crop_px["height"], crop_px["width"])), resample, odd_margin="floor")
         return Preprocess(crop, tuple(map(float, config["image_mean"])), tuple(map(float, config["image_std"])))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{path}: not a BitImageProcessor config to follow ({error!r}); fetch again") from error

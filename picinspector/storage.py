@@ -39,7 +39,8 @@ def open_filesystem(
 
     Args:
         url: any fsspec URL, or a local path.
-        options: fsspec storage options; ignored for local paths, so that one set serves a library and a destination.
+        options: fsspec storage options of the object store. Local paths and http(s) go without, so that one set serves
+            a library and a destination that lie in different places.
 
     Raises:
         StorageError: unknown protocol, or a package for it is not installed.
@@ -48,7 +49,8 @@ def open_filesystem(
     try:
         if is_local(text):
             return fsspec.filesystem("file"), local_path(text)
-        return fsspec.core.url_to_fs(text, **(options or {}))  # type: ignore[no-any-return]
+        web = text.startswith(("http://", "https://"))
+        return fsspec.core.url_to_fs(text, **({} if web else options or {}))  # type: ignore[no-any-return]
     except (ValueError, ImportError, TypeError) as error:
         raise StorageError(f"cannot open {redact(text)}: {redact(str(error))}") from error
 

@@ -32,8 +32,9 @@ _BY_RUN = pa.dataset.partitioning(pa.schema([("run_id", pa.string())]), flavor="
 
 
 def new_run_id() -> str:
-    """A run id that sorts by time: `20261122T160512Z-3f9a1c`."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    """A run id that sorts by time: `20261122T160512.031Z-3f9a1c`."""
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03}Z-{secrets.token_hex(3)}"
 
 
 class Destination:
@@ -67,12 +68,16 @@ class Destination:
         """
         probe = f"{self.root}/.picinspector-{secrets.token_hex(4)}"
         try:
-            self.filesystem.makedirs(self.root, exist_ok=True)
+            self._make_folder(self.root)
             self.filesystem.pipe_file(probe, b"x")
             self.filesystem.rm_file(probe)
         except Exception as error:  # any storage library's own type; all mean the same to the user
             reason = to_photo_error(error).message
             raise StorageError(f"cannot write to {self.url}: {reason}; check the path and the credentials") from error
+
+    def _make_folder(self, path: str) -> None:
+        if self._local:  # object stores have no folders, and would make a bucket of a misspelt name
+            self.filesystem.makedirs(path, exist_ok=True)
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -80,7 +85,7 @@ class Destination:
         """Write the run record: from now on readers honour the run."""
         path = f"{self.root}/runs/{record['run_id']}/run.json"
         content = json.dumps(record, indent=2, default=str).encode()
-        self.filesystem.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120
+        self._make_folder(os.path.dirname(path))  # noqa: PTH120
         if self._local:
             # A rename is atomic; object stores publish whole objects by themselves.
             self.filesystem.pipe_file(f"{path}.tmp", content)
@@ -110,7 +115,7 @@ class Destination:
     def write_manifest(self, run_id: str, tables: Iterable[pa.Table]) -> int:
         """Write the manifest shards of a run; returns the number of rows."""
         folder, rows = self.manifest_path(run_id), 0
-        self.filesystem.makedirs(folder, exist_ok=True)
+        self._make_folder(folder)
         for index, table in enumerate(tables):
             with self.filesystem.open(f"{folder}/shard-{index:06d}.parquet", "wb") as file:
                 pa.parquet.write_table(table, file)

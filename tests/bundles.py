@@ -10,7 +10,7 @@ import lightgbm
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from picinspector import bundle, schema
@@ -26,6 +26,14 @@ TINY_DINOV2: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "image_size": 56,
+    "patch_size": 14,
+}
+
+DINOV2_BASE: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 518,
     "patch_size": 14,
 }
 
@@ -76,6 +84,11 @@ def write_attributes(folder: Path, input_dim: int, hidden_dim: int = 16, seed: i
     save_file(AttributeHead(input_dim, hidden_dim).state_dict(), folder / "head.safetensors")
     spec = {"input_dim": input_dim, "hidden_dim": hidden_dim, "attributes": schema.ATTRIBUTES, "scenes": schema.SCENES}
     (folder / "head.json").write_text(json.dumps(spec))
+
+
+def halve(weights: Path) -> None:
+    """To float16, as half the bytes do: every loader here widens them again."""
+    save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
 
 
 def tiny_bundle(folder: Path, scorer_seed: int = 0) -> bundle.Bundle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.bundles import tiny_bundle
 
     return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny").folder
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `clip` (ViT-L-14-quickgelu) and `dinov2` (base): random weights in the published formats."""
+    import open_clip
+
+    from tests.bundles import DINOV2_BASE, halve, write_clip, write_dinov2
+
+    folder = tmp_path_factory.mktemp("full-size")
+    write_clip(folder / "clip", open_clip.get_model_config("ViT-L-14-quickgelu"))
+    write_dinov2(folder / "dinov2", DINOV2_BASE, resize_px=256, crop_px=224)
+    halve(folder / "clip" / "open_clip_model.safetensors")
+    halve(folder / "dinov2" / "model.safetensors")
+    yield folder
+    shutil.rmtree(folder)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -243,11 +243,15 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("url", ["https://example.org/photos/", "http://127.0.0.1:1/a?sig=s3cr3t", "https://h"])
 def test_a_web_folder_is_refused_with_advice(url: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"a web server cannot be listed; give a \.csv, \.parquet or \.txt list"
-    ) as caught:
+    with pytest.raises(UsageError, match="a web server cannot be listed; give a photo, or a") as caught:
         list(list_library(url))
     assert "s3cr3t" not in str(caught.value)
+
+
+def test_one_photo_on_the_web(tmp_path: Path, web: str) -> None:
+    touch(tmp_path, "a.jpg")
+    assert [row["uri"] for row in rows(f"{web}/a.jpg")] == [f"{web}/a.jpg"]
+    assert rows(f"{web}/a.jpg")[0]["size_bytes"] == (tmp_path / "a.jpg").stat().st_size
 
 
 def test_a_list_on_the_web_names_photos_beside_it_and_elsewhere(tmp_path: Path, web: str) -> None:

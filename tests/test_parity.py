@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import skimage.data
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, BitImageProcessorPil, Dinov2Model
 
 from picinspector.clip import ClipEncoder
@@ -29,36 +26,12 @@ from picinspector.photo import CropSpec, decode
 from picinspector.preprocess import clip_preprocess, dinov2_preprocess
 from tests.bundles import TINY_CLIP, TINY_DINOV2, write_clip, write_dinov2
 
-DINOV2_BASE: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 518,
-    "patch_size": 14,
-}
 CPU = torch.device("cpu")
 
 #: Square, 3:2, portrait, odd sides, 3:1, smaller than the crop, 4:1.
 SIZES = [(512, 512), (768, 512), (333, 517), (517, 333), (301, 97), (90, 121), (1023, 769), (900, 225)]
 #: DINOv2's resized side is odd here, and the centre of an odd margin is a matter of rounding.
 ODD_MARGINS = [(640, 427), (427, 640), (611, 400)]
-
-
-def halve(weights: Path) -> None:
-    """To float16, as half the bytes do: every loader here widens them again."""
-    save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
-
-
-@pytest.fixture(scope="module")
-def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with `clip` (ViT-L-14-quickgelu) and `dinov2` (base)."""
-    folder = tmp_path_factory.mktemp("full-size")
-    write_clip(folder / "clip", open_clip.get_model_config("ViT-L-14-quickgelu"))
-    write_dinov2(folder / "dinov2", DINOV2_BASE, resize_px=256, crop_px=224)
-    halve(folder / "clip" / "open_clip_model.safetensors")
-    halve(folder / "dinov2" / "model.safetensors")
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +143,6 @@ def test_dinov2_crops_are_the_processors_own_pixels(tmp_path: Path, width: int, 
     assert torchvision <= (1.01 if min(width, height) >= 256 else 2.01)
 
 
-# Strict: fails as soon as photo.CropSpec knows of a floored centre, and then this mark goes.
-@pytest.mark.xfail(
-    strict=True, reason="photo._crop rounds an odd margin up as torchvision does; transformers floors it"
-)
 @pytest.mark.parametrize(("width", "height"), ODD_MARGINS)
 def test_dinov2_crops_are_centred_as_the_processor_centres_them(tmp_path: Path, width: int, height: int) -> None:
     pil, torchvision = dinov2_differences(tmp_path, width, height)

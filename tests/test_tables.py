@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,9 @@ def dest(tmp_path: Path) -> Destination:
 def test_run_ids_sort_by_time() -> None:
     first = new_run_id()
     assert len({new_run_id() for _ in range(50)}) == 50
-    assert first[:15] <= new_run_id()[:15]
-    assert len(first) == len("20261122T160512Z-3f9a1c")
+    time.sleep(0.002)
+    assert first < new_run_id()
+    assert re.fullmatch(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{6}", first)
 
 
 def test_a_run_counts_from_its_commit_on(dest: Destination, tmp_path: Path) -> None:
