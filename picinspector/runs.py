@@ -24,6 +24,17 @@ import picinspector
 #: reading and writing tasks around them would wait for ever on a small machine.
 _SPARE_CPUS = 4
 
+#: For a Ray started here; the cluster's own settings hold elsewhere.
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Below fatal, Ray's C++ side talks to developers of Ray, past logging and into the progress line.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # More workers than this at once bring a warning, on stdout of all places; a pipeline of three pools needs them.
+    "RAY_worker_maximum_startup_concurrency": "16",
+    # Eight processes to read the footers of a handful of files cost two cores seven seconds.
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+}
+
 _PACKAGES = ("ray", "torch", "open_clip_torch", "transformers", "lightgbm", "pyarrow", "fsspec", "s3fs", "pillow")
 
 
@@ -31,11 +42,8 @@ def connect(address: str | None = None) -> None:
     """Connect to the cluster at `address` or in `RAY_ADDRESS`, else start Ray on this machine. Idempotent."""
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Below fatal, Ray's C++ side talks to developers of Ray, past logging and into the progress line.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # More workers than this at once bring a warning, on stdout of all places; a pipeline of three pools needs them.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     with _silent_stderr():
         if address or os.environ.get("RAY_ADDRESS"):
