@@ -1,7 +1,7 @@
 """The attribute head: six quality attributes and nine scenes from the DINOv2 embedding.
 
 An attributes folder holds `head.json` (sizes and label names) and `head.safetensors`. The head is a shared hidden layer
-with two outputs (trained by `training/attribute_head.py`), applied with NumPy: a CPU worker need not load torch for it.
+with two outputs (trained by `training/fit_attributes.py`), applied with NumPy: a CPU worker need not load torch for it.
 """
 
 from __future__ import annotations

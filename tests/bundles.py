@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from picinspector import bundle, schema
-from training.attribute_head import AttributeHead
+from training.fit_attributes import TrainableHead
 
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 32,
@@ -81,7 +81,7 @@ def write_attributes(folder: Path, input_dim: int, hidden_dim: int = 16, seed: i
     """An attribute head with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    save_file(AttributeHead(input_dim, hidden_dim).state_dict(), folder / "head.safetensors")
+    save_file(TrainableHead(input_dim, hidden_dim).state_dict(), folder / "head.safetensors")
     spec = {"input_dim": input_dim, "hidden_dim": hidden_dim, "attributes": schema.ATTRIBUTES, "scenes": schema.SCENES}
     (folder / "head.json").write_text(json.dumps(spec))
 

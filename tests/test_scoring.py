@@ -30,7 +30,7 @@ from picinspector.stages.score import Score, score_columns
 from picinspector.stages.single import judge
 from picinspector.zeroshot import ZeroShot
 from tests.bundles import tiny_bundle, write_attributes, write_scorer
-from training.attribute_head import AttributeHead as TorchHead
+from training.fit_attributes import TrainableHead as TorchHead
 
 
 @pytest.fixture(scope="module")
