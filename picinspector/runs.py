@@ -101,16 +101,19 @@ class Pools:
 def size_pools(
     rows: int, encoders: int | None = None, gpus_per_encoder: float | None = None, batch_size: int | None = None
 ) -> Pools:
-    """Pools for this many photos on the connected cluster; what is given is taken, the rest worked out.
+    """Pools for this many photos on the connected cluster, as large as its autoscaler may make it.
+
+    What is given is taken, the rest worked out.
 
     With GPUs: one encoder a GPU, the CPUs read. Without: encoders of up to eight threads on three quarters of the
     cores, because encoding costs several times what decoding does. Reading happens in blocks of 64 photos, about 25 MB
-    of crops: small enough to start encoding early, large enough to keep Ray's cost per task under 1 %.
+    of crops: small enough to start encoding early and to lose little with a node.
     """
-    resources = ray.cluster_resources()
+    grown = _grown_resources()
+    resources = grown or ray.cluster_resources()
     logical, all_gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
-    local = len(ray.nodes()) == 1
-    cores = min(logical, _cores()) if local else logical
+    one_node = grown is None and len(ray.nodes()) == 1
+    cores = min(logical, _cores()) if one_node else logical  # this machine's Ray counts more CPUs than it has
     gpus = gpus_per_encoder if gpus_per_encoder is not None else (1.0 if all_gpus else 0.0)
     if gpus:
         cpus, fitting = 1, int(max(all_gpus, gpus) / gpus)
@@ -118,9 +121,16 @@ def size_pools(
         cpus = max(1, min(8, cores))
         fitting = max(1, int(cores * 0.75) // cpus)
     batch = batch_size or (128 if gpus else 32)
-    readers = max(1, cores - (0 if gpus or local else fitting * cpus))
+    readers = max(1, cores - (0 if gpus or one_node else fitting * cpus))
     even = -(-rows // max(1, 2 * readers))
     return Pools(encoders or fitting, gpus, cpus, batch, max(8, min(max(64, batch), even)), readers)
+
+
+def _grown_resources() -> dict[str, float] | None:
+    """What the cluster may grow to; None where no autoscaler says. A cluster that rests has no workers to count."""
+    # Not public, but what Ray Data itself asks; there is no other way to know.
+    grown = ray._private.state.state.get_max_resources_from_cluster_config()
+    return {name: float(amount) for name, amount in grown.items()} if grown else None
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
