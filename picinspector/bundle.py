@@ -81,7 +81,8 @@ class Bundle:
     def encoder_fingerprint(self) -> str:
         """Hash of all that determines an embeddings row: encoder weights, their preprocessing, `ENCODE_VERSION`.
 
-        Precision (bfloat16 or float32) is left out on purpose: it moves embeddings by less than 0.001 in cosine.
+        Precision (bfloat16 or float32) is left out on purpose: a cluster may mix hosts, and it moves embeddings by less
+        than 0.002 in cosine (0.001 for transformers).
         """
         return self._fingerprint(("clip", "dinov2"), f"encode {ENCODE_VERSION}")
 
