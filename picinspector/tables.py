@@ -41,16 +41,16 @@ class Destination:
     """A prefix or folder that holds the tables of one library.
 
     Attributes:
-        url: as given, without secrets; for messages and records.
+        url: as given, without secrets, absolute; for messages and records.
         filesystem: the fsspec filesystem it is on.
         root: its path on that filesystem.
     """
 
     def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
-        self.url = redact(os.fspath(url))
         self.filesystem, root = open_filesystem(url, options)
         self.root = root.rstrip("/")
         self._local = is_local(os.fspath(url))
+        self.url = self.root if self._local else redact(os.fspath(url))
 
     def table_path(self, table: TableName, run_id: str) -> str:
         """Folder of one run's rows of a table."""
