@@ -14,9 +14,10 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (GPU, AVX512-BF16, AMX), float32 elsewhere."""
+    """bfloat16 where the hardware multiplies it (GPUs from Ampere on, AVX512-BF16, AMX), float32 elsewhere."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Emulated, as a T4 and a V100 do it, it is slower than float32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Private to torch, and the only place that knows; absent on other builds, where float32 is right.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.bfloat16 if any(check is not None and check() for check in checks) else torch.float32

@@ -39,7 +39,11 @@ def _mean_std(values: np.ndarray) -> tuple[float, float]:
 
 
 def sharpness(luma: np.ndarray) -> float:
-    """Variance of the 4-neighbour Laplacian of uint8 luma (Pech-Pacheco et al. 2000, LAPV). Noise raises it too."""
+    """Variance of the 4-neighbour Laplacian of uint8 luma. Noise raises it too.
+
+    LAPV of Pertuz et al. 2013 ("Analysis of focus measure operators for shape-from-focus"), after Pech-Pacheco et al.
+    2000.
+    """
     return _mean_std(cv2.Laplacian(luma, cv2.CV_16S, ksize=1))[1] ** 2
 
 

@@ -1,7 +1,10 @@
 """One photo: from bytes to upright sRGB pixels, facts and small crops. The only file that knows Pillow's formats.
 
-A photo is decoded once. JPEGs are decoded at the smallest DCT scale (1/2, 1/4, 1/8) that still covers the largest crop,
-which costs a mean error of about 0.6/255 against the full decode and saves three quarters of the time on 12 megapixels.
+A photo is decoded once, and reduced at once by a whole factor that leaves twice the side needed: that of the working
+image, or the largest that a crop is resized to. JPEGs leave the decoder so (DCT scales 1/2, 1/4, 1/8), other formats
+are box-reduced: one rule, so that neither format nor resolution moves a measurement much. Measured for 224 px of
+12-megapixel JPEGs, on two cores with Pillow: 86 ms and a mean error of 0.2/255, against 289 ms in full, and 66 ms and
+0.6/255 for a rule of once the side needed.
 """
 
 from __future__ import annotations
@@ -152,7 +155,7 @@ def _open(data: bytes, limits: Limits, need_px: int) -> tuple[Image.Image, dict[
     width, height = image.size
     _check_pixels(width, height, limits)
     if image.format in ("JPEG", "MPO"):
-        image.draft(None, (need_px, need_px))
+        image.draft(None, (2 * need_px, 2 * need_px))  # keeps at least these, as `_shrink` does
     # Before the EXIF: Pillow looks for a PNG's behind the pixels, and where loading failed there, loading again here
     # would succeed with a black picture. Loading also turns a TIFF, and takes the orientation out of its EXIF.
     image.load()
@@ -169,7 +172,7 @@ def _open_raw(data: bytes, limits: Limits) -> tuple[Image.Image, dict[str, Any]]
         import rawpy
     except ImportError as error:
         message = "camera raw needs an extra package: pip install 'picinspector[raw]'"
-        raise PhotoError(ErrorKind.UNKNOWN_FORMAT, message) from error
+        raise PhotoError(ErrorKind.NO_DECODER, message) from error
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
             height, width = raw.sizes.height, raw.sizes.width
@@ -224,10 +227,13 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Greyscale of a higher bit depth to 0-255. Integers are taken as 16-bit unless they go beyond, floats as 0-1."""
+    """Greyscale of a higher bit depth to 0-255, clipped. Integers are taken as 16-bit unless they go beyond.
+
+    Floats are taken as 0-1, where a highlight may well exceed 1; as 0-255 where more than half of the pixels do.
+    """
     if np.issubdtype(values.dtype, np.floating):
         values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-        top = 1.0 if values.size == 0 or values.max() <= 1.0 else 255.0
+        top = 1.0 if values.size == 0 or np.median(values) <= 1.0 else 255.0
     else:
         top = 65535.0 if values.max(initial=0) <= 65535 else float(2**31 - 1)
     return np.clip(values * (255.0 / top) + 0.5, 0, 255).astype(np.uint8)
@@ -246,7 +252,7 @@ def _icc_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _shrink(image: Image.Image, need_px: int) -> Image.Image:
-    """Box-reduce by a whole factor while twice the needed side remains: what DCT scaling does, for other formats."""
+    """Box-reduce by a whole factor that leaves twice the side needed: what DCT scaling does, for other formats."""
     factor = min(image.size) // (2 * need_px)
     return image.reduce(factor) if factor >= 2 else image
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 #: The six quality attributes, SPAQ's names and order (Fang et al. 2020). 0-100, and HIGH IS GOOD in each: `noisiness`
-#: is high for a CLEAN photo, `brightness` is the quality of the exposure, not its luminance.
+#: is high for a CLEAN photo, `brightness` is the quality of the exposure, not its luminance (which it is where
+#: `scorer_kind` is zero_shot).
 ATTRIBUTES: tuple[str, ...] = ("mos", "brightness", "colorfulness", "contrast", "noisiness", "sharpness")
 
 #: SPAQ's nine scene classes, in the order of the head's logits.
@@ -75,7 +76,7 @@ FACTS = pa.schema(
 )
 
 _MEASURED = {
-    "sharpness": "variance of the Laplacian of luma 0-255 (Pech-Pacheco et al. 2000)",
+    "sharpness": "variance of the Laplacian of luma 0-255 (LAPV of Pertuz et al. 2013)",
     "noise": "noise sigma of luma 0-255 (Immerkaer 1996)",
     "brightness": "mean luma, 0-1",
     "contrast": "RMS contrast: standard deviation of luma, 0-1 (Peli 1990)",

@@ -26,8 +26,6 @@ class Scorer:
         features: columns of the embeddings table that make the feature matrix, in order.
     """
 
-    kind = "lightgbm"
-
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Load the model and check it against its own feature spec.
 

@@ -18,7 +18,9 @@ from picinspector.schema import ATTRIBUTES, SCENES
 
 PROMPTS = "prompts.safetensors"
 
-#: Good prompt first. The quality pair and the attribute pairs are those of CLIP-IQA, section 3.2 and table 3.
+#: Good prompt first. The quality pair and the attribute pairs are those of CLIP-IQA, section 3.2 and table 3. Its
+#: "Bright photo." asks for luminance: here alone `brightness` is not the quality of the exposure, and an overexposed
+#: photo may score high.
 _ANTONYMS: dict[str, tuple[str, str]] = {
     "mos": ("Good photo.", "Bad photo."),
     "brightness": ("Bright photo.", "Dark photo."),
@@ -46,7 +48,6 @@ _LOGIT_SCALE = 100.0
 class ZeroShot:
     """Quality, attributes and scene from the CLIP embedding alone."""
 
-    kind = "zero_shot"
     features = ("clip_embedding",)
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

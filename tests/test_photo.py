@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image, ImageFile
 
 from picinspector import schema
 from picinspector.errors import ErrorKind, PhotoError
+from picinspector.measure import measure
 from picinspector.photo import WORKING_PX, CropSpec, Limits, Photo, decode
 from tests.awkward import CAMERA_FACTS, QUADRANTS, Case, camera_exif, dng, encode, make_corpus, png, quadrants
 
@@ -167,7 +169,7 @@ def test_phash_is_near_for_the_same_photo_and_far_for_another() -> None:
 
 
 def test_dct_scaled_decoding_is_close_to_full_decoding() -> None:
-    """FACTS: a mean error of about 0.6/255 at 224 px for a camera's photo."""
+    """Half of a 2200 px side leaves twice the 512 px needed."""
     data = encode(photograph(3000, 2200), "JPEG", quality=92)
     photo = decode(data, [CropSpec(224, 224)])
     full = Image.open(io.BytesIO(data)).convert("RGB")
@@ -179,7 +181,7 @@ def test_dct_scaled_decoding_is_close_to_full_decoding() -> None:
 
 
 def test_dct_scaling_covers_the_largest_crop() -> None:
-    """A crop of 1,500 px of a 3000 x 2200 photo: half scale would give 1,100 rows, and a blurred crop."""
+    """A crop of 1,500 px of a 3000 x 2200 photo: any scale would give 1,100 rows or fewer, and a blurred crop."""
     data = encode(photograph(3000, 2200), "JPEG", quality=95)
     crop = decode(data, [CropSpec(1500, 1500)]).crops[0]
     full = Image.open(io.BytesIO(data)).convert("RGB")
@@ -207,6 +209,33 @@ def test_a_shrunk_png_is_close_to_the_whole_one() -> None:
     assert np.abs(crop.astype(int) - expected).mean() < 1.0
 
 
+def test_measurements_depend_little_on_resolution_and_format() -> None:
+    """4104 px has room for a scale of 1/4 with twice the working side left, 4088 px only for 1/2 (BMP: 1/3)."""
+    noise = np.random.default_rng(7).standard_normal((4104, 4104), dtype=np.float32)
+    noisy = photograph(4104, 4104)[..., 1] + 25 * noise  # grey: a third of the time
+    whole = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    trimmed = whole.crop((8, 8, 4096, 4096))
+    files = [encode(whole, "JPEG", quality=92), encode(trimmed, "JPEG", quality=92), encode(trimmed, "BMP")]
+    found = [measure(decode(data, []).working) for data in files]
+    for name in ("sharpness", "noise"):
+        values = [measured[name] for measured in found]
+        assert max(values) / min(values) < 1.08, (name, values)
+
+
+def float_tiff(values: np.ndarray) -> bytes:
+    return encode(Image.fromarray(values.astype(np.float32)), "TIFF")
+
+
+@pytest.mark.parametrize(("grey", "highlight", "expected"), [(0.5, 1.2, 128), (0.5, 1.0, 128), (128.0, 250.0, 128)])
+def test_float_pixels_are_0_to_1_unless_most_are_beyond(grey: float, highlight: float, expected: int) -> None:
+    """One pixel above 1, as sharpening leaves them, does not make a picture of 0 to 255."""
+    values = np.full((64, 64), grey)
+    values[20, 30] = highlight
+    working = decode(float_tiff(values), []).working
+    assert (working[0, 0] == expected).all()
+    assert (working[20, 30] == (250 if highlight > 2 else 255)).all()
+
+
 def test_decoding_twice_gives_the_same() -> None:
     first, second = (decode(DATA["orientation_8_large.jpg"], [CENTRE]) for _ in range(2))
     assert first.facts == second.facts
@@ -232,6 +261,13 @@ def test_damaged_camera_raw_is_a_photo_error() -> None:
     with pytest.raises(PhotoError) as caught:
         decode(data, [], Limits(max_pixels=320 * 240 - 1), suffix=".dng")
     assert caught.value.kind == ErrorKind.TOO_MANY_PIXELS
+
+
+def test_camera_raw_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rawpy", None)  # importing it fails
+    with pytest.raises(PhotoError, match=r"pip install 'picinspector\[raw\]'") as caught:
+        decode(dng(1), [], suffix=".dng")
+    assert caught.value.kind == ErrorKind.NO_DECODER
 
 
 # --- limits and damage ------------------------------------------------------------------------------------------------
