@@ -248,16 +248,6 @@ def test_duckdb_reads_both_tables(written: Path) -> None:
     assert duckdb.sql(query).fetchall() == [(0.0,), (CLIP_DIM * 0.125**2,), (None,)] * 2
 
 
-def test_duckdb_cannot_take_halffloat_from_arrow(written: Path) -> None:
-    """Why `Destination.scan` is told its columns; when this fails, DuckDB has learnt it and the advice can go."""
-    table = pq.read_table(written / "embeddings")
-    with duckdb.connect() as connection:
-        connection.register("source", table.drop(["clip_embedding", "dinov2_embedding"]))
-        assert connection.sql("SELECT count(uri) FROM source").fetchall() == [(6,)]
-        with pytest.raises(duckdb.Error, match="Unsupported Internal Arrow Type e"):
-            connection.register("halves", table).sql("SELECT clip_embedding FROM halves").fetchall()
-
-
 def test_pandas_reads_both_tables(written: Path) -> None:
     scores = pd.read_parquet(written / "scores").sort_values(["run_id", "uri"])
     assert [(uri, None if np.isnan(quality) else quality, run_id) for uri, quality, run_id in
