@@ -82,7 +82,8 @@ class Bundle:
         """Hash of all that determines an embeddings row: encoder weights, their preprocessing, `ENCODE_VERSION`.
 
         Precision (bfloat16 or float32) is left out on purpose: a cluster may mix hosts, and it moves embeddings by less
-        than 0.002 in cosine (0.001 for transformers).
+        than 0.001 in cosine for transformers; by up to 0.003 for the builtin convolutional tower, and its
+        `quality_score` by up to about 0.2.
         """
         return self._fingerprint(("clip", "dinov2"), f"encode {ENCODE_VERSION}")
 
