@@ -12,7 +12,7 @@ from picinspector.schema import ATTRIBUTES, MEASUREMENTS
 
 KINDS = tuple(DEGRADATIONS)
 
-#: Share of its MOS that a photo loses at severity 1: gross faults leave a third, a lost colour three quarters.
+#: Share of its MOS that a photo loses at severity 1: gross faults leave a third, a lost colour seven tenths.
 MOS_LOSS = {
     "blur": 0.70,
     "noise": 0.65,
