@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -70,6 +72,29 @@ def test_the_python_block_works_as_written(typed: Typed) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "quality_score" in done.stdout
+
+
+def test_the_python_block_takes_the_newest_row_of_a_committed_run(tmp_path: Path) -> None:
+    """Three runs over two photos: scored, scored again, and crashed before its commit."""
+    dest = Destination(tmp_path / "tables")
+    for run_id, quality in {"20260101T000000.000Z-a": 7.25, "20260102T000000.000Z-b": 5.5, "20260103T": 9.75}.items():
+        rows: list[dict[str, object]] = [
+            {"image_id": uri, "uri": uri, "quality_score": quality, "scene": "landscape", "scorer_fingerprint": "f"}
+            for uri in ("/one.jpg", "/two.jpg")
+        ]
+        if quality == 5.5:
+            rows[1]["scene"] = "night"  # no landscape any more, whatever the first run took it for
+        folder = Path(dest.table_path("scores", run_id))
+        folder.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.SCORES), folder / "0.parquet")
+        if quality != 9.75:
+            dest.commit({"run_id": run_id, "counts": {"to_do": 2}})
+    [block] = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"(/\w+\.jpg)\s*│\s*([\d.]+)", done.stdout) == [("/one.jpg", "5.5")], done.stdout
 
 
 def test_files_and_targets_it_names_exist() -> None:
