@@ -97,6 +97,19 @@ class Bundle:
         parts = sorted(f"{path} {digest}" for path, digest in self.files.items() if path.split("/")[0] in pieces)
         return hashlib.sha256("\n".join([code, *parts]).encode()).hexdigest()[:16]
 
+    def expect(self, encoder: str | None = None, scorer: str | None = None) -> None:
+        """Check the fingerprints against those of the machine that planned the run; None takes any.
+
+        Raises:
+            BundleError: this node has another bundle under the same name.
+        """
+        for wanted, found in ((encoder, self.encoder_fingerprint), (scorer, self.scorer_fingerprint)):
+            if wanted is not None and wanted != found:
+                raise BundleError(
+                    f"{self.folder} on this node has fingerprint {found}, the run was planned with {wanted}: install "
+                    "the same picinspector and the same bundle on every node"
+                )
+
     def verify(self) -> None:
         """Check every file.
 

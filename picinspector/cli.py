@@ -16,6 +16,7 @@ import typer
 import picinspector
 from picinspector import errors
 from picinspector.errors import PicInspectorError, UsageError
+from picinspector.storage import redact
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -74,7 +75,7 @@ def entry_point() -> None:
 
 
 def _complain(message: str, exit_code: int) -> int:
-    print(f"picinspector: {message}", file=sys.stderr)
+    print(f"picinspector: {redact(message)}", file=sys.stderr)
     return exit_code
 
 
@@ -119,16 +120,13 @@ def score(
         plan = pipeline.plan_score(library, out, options)
         print(json.dumps(plan, indent=2) if as_json else _plan_text(plan))
         return 0
-    record = pipeline.score(library, out, options)
-    print(json.dumps(record, indent=2) if as_json else _record_text(record))
-    return pipeline.exit_code(record)
+    return _report(pipeline.score(library, out, options), as_json)
 
 
 @app.command()
 def rescore(
     dest: Table,
     bundle: BundleRef = "builtin",
-    limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
     storage_options: StorageOptions = None,
@@ -140,13 +138,17 @@ def rescore(
     options = pipeline.Options(
         bundle=_bundle_path(bundle),
         storage_options=_parse_options(storage_options),
-        limit=limit,
         address=address,
         show_progress=not quiet,
     )
-    record = pipeline.rescore(dest, options)
+    return _report(pipeline.rescore(dest, options), as_json)
+
+
+def _report(record: dict[str, Any], as_json: bool) -> int:
+    from picinspector.runs import exit_code
+
     print(json.dumps(record, indent=2) if as_json else _record_text(record))
-    return pipeline.exit_code(record)
+    return exit_code(record)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
@@ -183,8 +185,13 @@ def inspect(
     from picinspector.stages.single import judge
 
     row = judge(photo, _bundle_path(bundle), _parse_options(storage_options))
-    print(json.dumps(row, indent=2, default=str) if as_json else _judgement_text(row))
-    return 2 if row["error_kind"] else 0
+    if as_json:
+        print(json.dumps(row, indent=2, default=str))
+    elif row["error_kind"]:
+        _complain(f"{_one_line(row['uri'])}: {row['error_kind']}: {row['error_message']}", 1)
+    else:
+        print(_judgement_text(row))
+    return 0 if row["error_kind"] is None else 3 if row["error_kind"] in errors.TRANSIENT_KINDS else 1
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------
@@ -286,8 +293,6 @@ def _record_text(record: dict[str, Any]) -> str:
 
 
 def _judgement_text(row: dict[str, Any]) -> str:
-    if row["error_kind"]:
-        return f"{_one_line(row['uri'])}: {row['error_kind']}: {row['error_message']}"
     lines = [_one_line(row["uri"]), f"quality  {row['quality_score']:.2f} of 10 ({row['scorer_kind']})"]
     lines.append(f"scene    {row['scene']} ({row['scenes'][row['scene']]:.0%})")
     names = {"noisiness": "noise-free", "brightness": "exposure"}  # high is good in all six

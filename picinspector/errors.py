@@ -58,6 +58,7 @@ class ErrorKind(StrEnum):
     TOO_MANY_BYTES = "too_many_bytes"
     EMPTY = "empty"
     UNKNOWN_FORMAT = "unknown_format"
+    NO_DECODER = "no_decoder"
     TOO_MANY_PIXELS = "too_many_pixels"
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
@@ -68,8 +69,14 @@ class ErrorKind(StrEnum):
         """True where the same photo may well succeed in the next run."""
         return self in {ErrorKind.THROTTLED, ErrorKind.TIMEOUT, ErrorKind.CONNECTION}
 
+    @property
+    def final(self) -> bool:
+        """True where only other bytes could give another outcome; the rest is tried again by every run."""
+        return self in {ErrorKind.EMPTY, ErrorKind.UNKNOWN_FORMAT, ErrorKind.TRUNCATED, ErrorKind.CORRUPT}
+
 
 TRANSIENT_KINDS: tuple[str, ...] = tuple(kind.value for kind in ErrorKind if kind.transient)
+FINAL_KINDS: tuple[str, ...] = tuple(kind.value for kind in ErrorKind if kind.final)
 
 
 class PhotoError(Exception):

@@ -25,11 +25,12 @@ import pyarrow.parquet
 from picinspector.errors import StorageError, UsageError
 from picinspector.photo import PHOTO_SUFFIXES, RAW_SUFFIXES
 from picinspector.schema import MANIFEST
-from picinspector.storage import is_local, is_signed, open_filesystem, redact, to_photo_error, to_uri
+from picinspector.storage import is_local, is_signed, local_path, open_filesystem, redact, stat, to_photo_error, to_uri
 
 SUFFIXES = PHOTO_SUFFIXES | RAW_SUFFIXES
 _LIST_SUFFIXES = (".parquet", ".csv", ".txt")
 _WORKERS = 16
+_MANY_CHILDREN = 1000
 #: Rows of one table yielded; also about the rows of a manifest shard.
 _BATCH_ROWS = 10_000
 
@@ -126,19 +127,18 @@ def stat_uris(uris: Sequence[str], options: Mapping[str, Any] | None = None) -> 
 
 
 def _absolute(uri: str, base: str) -> str:
-    if "://" in uri or os.path.isabs(uri):  # noqa: PTH117
+    """One name for each file: a photo listed as `a.jpg`, `./a.jpg` and `file:///.../a.jpg` is one photo."""
+    if "://" not in uri and not is_local(base) and not os.path.isabs(uri):  # noqa: PTH117
+        return f"{base}/{uri}"
+    if not is_local(uri):
         return uri
-    return os.path.abspath(f"{base}/{uri}") if is_local(base) else f"{base}/{uri}"  # noqa: PTH100
+    path = local_path(uri) if "://" in uri else os.path.abspath(os.path.join(base, uri))  # noqa: PTH100, PTH118
+    return to_uri(fsspec.filesystem("file"), path)
 
 
 def _stat(uri: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        filesystem, path = open_filesystem(uri, options)
-        if is_local(uri):  # with the nanoseconds that a listing sees, and fsspec's info rounds
-            return _row(to_uri(filesystem, path), _stat_local(path, os.stat(path)))  # noqa: PTH116
-        return _row(uri, filesystem.info(path))
-    except Exception:  # it stays in the manifest; fetching it will say what is wrong, as that row's error
-        return {"image_id": image_id(uri, None), "uri": uri, "etag": None, "size_bytes": None, "last_modified": None}
+    name = to_uri(fsspec.filesystem("file"), local_path(uri)) if is_local(uri) else uri
+    return _row(name, stat(uri, options))
 
 
 # --- prefixes ---------------------------------------------------------------------------------------------------------
@@ -200,6 +200,11 @@ def _walk_parallel(root: str, list_page: Any) -> Iterator[list[dict[str, Any]]]:
                     return
                 children += prefixes
                 put(files)
+            if len(children) > _MANY_CHILDREN:  # a folder a photo: one request each would take all night
+                above = prefix.rstrip("/") + "/"
+                for files, _ in list_page(prefix, True):
+                    put([info for info in files if "/" in info["name"].removeprefix(above)])
+                children = []
             with lock:
                 pending += len(children)
             for child in children:

@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
 from picinspector import runs, schema
 from picinspector.bundle import Bundle, open_bundle
-from picinspector.errors import TRANSIENT_KINDS, UsageError
+from picinspector.errors import FINAL_KINDS, UsageError
 from picinspector.manifest import list_library
 from picinspector.photo import Limits
+from picinspector.progress import progress
 from picinspector.stages.read import crops_of, read_photos
 from picinspector.stages.score import Score, score_columns
-from picinspector.storage import redact
-from picinspector.tables import Destination, new_run_id
+from picinspector.storage import StorageOptions, redact
+from picinspector.tables import Destination
 
 #: Rows of one Parquet file at least, where there are as many: about 30 MB of embeddings.
 _ROWS_PER_FILE = 8192
@@ -61,24 +63,14 @@ class Options:
     show_progress: bool = True
 
 
-@dataclass
-class _Listing:
-    """Counts of a listing while it streams by."""
-
-    listed: int = 0
-    listed_bytes: int = 0
-    failure: Exception | None = None
-
-
 def plan_score(library: str, destination: str, options: Options = Options()) -> dict[str, Any]:
     """What `score` would do, as counts; starts no cluster and writes nothing."""
     bundle = open_bundle(options.bundle)
     dest = Destination(destination, options.storage_options)
-    listing, to_do, size = _Listing(), 0, 0
-    for table in _to_do(library, dest, bundle, options, listing):
+    listing, to_do, size = _Listing(library, dest, bundle, options), 0, 0
+    for table in listing.to_do():
         to_do += table.num_rows
-        size += table.column("size_bytes").drop_null().to_numpy().sum() if table.num_rows else 0
-    _check_listed(library, listing)
+        size += pc.sum(table.column("size_bytes"), min_count=0).as_py()
     return {
         "library": redact(library),
         "destination": dest.url,
@@ -86,9 +78,9 @@ def plan_score(library: str, destination: str, options: Options = Options()) -> 
         "scorer_kind": bundle.scorer_kind,
         "listed": listing.listed,
         "listed_bytes": listing.listed_bytes,
-        "unchanged": listing.listed - to_do if options.limit is None else None,
+        "unchanged": listing.listed - listing.new,
         "to_do": to_do,
-        "to_do_bytes": int(size),
+        "to_do_bytes": size,
     }
 
 
@@ -106,28 +98,26 @@ def score(library: str, destination: str, options: Options = Options()) -> dict[
     Raises:
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
-    bundle = open_bundle(options.bundle)
-    for piece in bundle.pieces:  # a damaged bundle fails here, before anything is written, and not on a worker
-        bundle.piece(piece)
-    score_columns(bundle)
-    dest = Destination(destination, options.storage_options)
-    dest.check_writable()
-    record = _new_record("score", bundle, dest, library)
-    started, listing = time.monotonic(), _Listing()
-    run_id = record["run_id"]
-    total = dest.write_manifest(run_id, _sharded(_to_do(library, dest, bundle, options, listing)))
-    _check_listed(library, listing)
-    record["counts"] |= {"listed": listing.listed, "to_do": total}
-    record["seconds"]["list"] = time.monotonic() - started
+    bundle, dest, record = _begin("score", destination, options, library)
+    started, run_id, seconds = time.monotonic(), record["run_id"], record["seconds"]
+    listing = _Listing(library, dest, bundle, options)
+    total = dest.write_manifest(run_id, listing.to_do())
+    record["counts"] |= {"listed": listing.listed, "unchanged": listing.listed - listing.new, "to_do": total}
+    seconds["list"] = time.monotonic() - started
     if total:
+        dest.check_manifest(run_id, total)
         runs.connect(options.address)
-        record["pools"] = _embed(dest, run_id, bundle, options, total, record)
-        _score(dest, run_id, bundle, options, total, record)
-    return _commit(dest, record, total, started)
+        pools = runs.size_pools(total, options.encoders, options.gpus_per_encoder, options.batch_size)
+        record["pools"] = asdict(pools)
+        seconds["embed"], record["embed_photos_per_s"] = _embed(dest, run_id, bundle, options, pools, total)
+        seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total)
+    seconds["total"] = time.monotonic() - started
+    dest.commit(runs.finish_record(record, dest.errors_by_kind(run_id)))
+    return record
 
 
 def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
-    """Score the stored embeddings of a destination again, with the scorer of `options.bundle`. Reads no photo.
+    """Score the stored embeddings whose latest score is another scorer's than `options.bundle`'s. Reads no photo.
 
     Returns:
         the run record, committed to the destination.
@@ -135,38 +125,44 @@ def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
     Raises:
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
+    bundle, dest, record = _begin("rescore", destination, options, None)
+    started, run_id, seconds = time.monotonic(), record["run_id"], record["seconds"]
+    listed, stale = _stale(dest, bundle)
+    total = dest.write_manifest(run_id, iter([stale.select(schema.MANIFEST.names)]))
+    record["counts"] |= {"listed": listed, "unchanged": listed - total, "to_do": total}
+    seconds["list"] = time.monotonic() - started
+    if total:
+        runs.connect(options.address)
+        rows = stale.select(["run_id", "image_id"])
+        seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total, rows)
+    seconds["total"] = time.monotonic() - started
+    dest.commit(runs.finish_record(record, dest.errors_by_kind(run_id)))
+    return record
+
+
+def _begin(
+    kind: str, destination: str, options: Options, library: str | None
+) -> tuple[Bundle, Destination, dict[str, Any]]:
     bundle = open_bundle(options.bundle)
+    for piece in bundle.pieces:  # a damaged bundle fails here, before anything is written, and not on a worker
+        bundle.piece(piece)
     score_columns(bundle)
     dest = Destination(destination, options.storage_options)
     dest.check_writable()
-    record = _new_record("rescore", bundle, dest, None)
-    started = time.monotonic()
-    latest = dest.latest("embeddings", [*schema.MANIFEST.names, "run_id", "encoder_fingerprint", "error_kind"])
-    _check_encoders(latest, bundle, dest)
-    if options.limit is not None:
-        latest = latest.slice(0, options.limit)
-    rows = latest.select(schema.MANIFEST.names)
-    total = dest.write_manifest(record["run_id"], _sharded(iter([rows])))
-    record["counts"] |= {"listed": total, "to_do": total}
-    record["seconds"]["list"] = time.monotonic() - started
-    if total:
-        runs.connect(options.address)
-        keep = latest.select(["image_id", "run_id"])
-        _score(dest, record["run_id"], bundle, options, total, record, keep)
-    return _commit(dest, record, total, started)
+    return bundle, dest, runs.new_record(kind, bundle, dest.url, library)
 
 
 # --- the chains -------------------------------------------------------------------------------------------------------
 
 
 def _embed(
-    dest: Destination, run_id: str, bundle: Bundle, options: Options, total: int, record: dict[str, Any]
-) -> dict[str, Any]:
+    dest: Destination, run_id: str, bundle: Bundle, options: Options, pools: runs.Pools, total: int
+) -> tuple[float, float]:
+    """Manifest to embeddings table, checked; returns seconds and photos a second."""
     from picinspector.stages.encode import Encode  # loads torch, which nothing else on the driver needs
 
-    pools = runs.size_pools(total, options.encoders, options.gpus_per_encoder, options.batch_size)
     started = time.monotonic()
-    with runs.progress("embed", total, options.show_progress) as report:
+    with progress("embed", total, options.show_progress) as report:
         (
             ray.data.read_parquet(dest.files(dest.manifest_path(run_id)), filesystem=dest.filesystem, partitioning=None)
             .repartition(target_num_rows_per_block=pools.block_rows)
@@ -175,7 +171,7 @@ def _embed(
                 fn_kwargs={
                     "crops": crops_of(bundle),
                     "limits": options.limits,
-                    "storage_options": options.storage_options,
+                    "storage_options": StorageOptions(options.storage_options),
                 },
                 batch_size=None,
                 batch_format="pyarrow",
@@ -188,6 +184,7 @@ def _embed(
                     "bundle": options.bundle,
                     "threads": None if pools.gpus else pools.cpus,
                     "report": report,
+                    "fingerprint": bundle.encoder_fingerprint,
                 },
                 batch_size=pools.batch_size,
                 batch_format="pyarrow",
@@ -201,41 +198,37 @@ def _embed(
                 min_rows_per_file=min(_ROWS_PER_FILE, total),
             )
         )
-    record["seconds"]["embed"] = time.monotonic() - started
-    record["embed_photos_per_s"] = round(report.rate, 3)
     dest.check_rows("embeddings", run_id, total)
-    return {"encoders": pools.encoders, "gpus": pools.gpus, "cpus": pools.cpus, "batch_size": pools.batch_size,
-            "block_rows": pools.block_rows, "readers": pools.readers}  # fmt: skip
+    return time.monotonic() - started, round(report.rate, 3)
 
 
 def _score(
-    dest: Destination,
-    run_id: str,
-    bundle: Bundle,
-    options: Options,
-    total: int,
-    record: dict[str, Any],
-    keep: pa.Table | None = None,
-) -> None:
-    """Score this run's embeddings; or, where `keep` is given, the rows it names (image_id, run_id) of earlier runs."""
+    dest: Destination, run_id: str, bundle: Bundle, options: Options, total: int, stale: pa.Table | None = None
+) -> tuple[float, float]:
+    """Embeddings to scores table, checked; returns seconds and photos a second.
+
+    Of this run's embeddings; or, where `stale` (run_id, image_id) is given, of those rows of earlier runs.
+    """
     started = time.monotonic()
-    columns = score_columns(bundle)
-    with runs.progress("score", total, options.show_progress) as report:
-        for source_id in [run_id] if keep is None else sorted(set(keep.column("run_id").to_pylist())):
+    source_ids = [run_id] if stale is None else sorted(set(stale.column("run_id").to_pylist()))
+    with progress("score", total, options.show_progress) as report:
+        for group in dest.runs_of_one_width(source_ids):
             rows = ray.data.read_parquet(
-                dest.files(dest.table_path("embeddings", source_id)),
+                [file for source_id in group for file in dest.files(dest.table_path("embeddings", source_id))],
                 filesystem=dest.filesystem,
-                columns=columns,
-                partitioning=None,
+                columns=score_columns(bundle) if stale is None else [*score_columns(bundle), "run_id"],
+                partitioning=None if stale is None else ray.data.datasource.Partitioning("hive"),
             )
-            if keep is not None:
-                wanted = keep.filter(pa.compute.equal(keep.column("run_id"), source_id)).column("image_id")
-                rows = rows.map_batches(
-                    _keep_rows, fn_args=(ray.put(wanted.combine_chunks()),), batch_size=None, batch_format="pyarrow"
-                )
+            if stale is not None:
+                keys = ray.put(_row_keys(stale).combine_chunks())
+                rows = rows.map_batches(_keep_rows, fn_args=(keys,), batch_size=None, batch_format="pyarrow")
             rows.map_batches(
                 Score,
-                fn_constructor_kwargs={"bundle": options.bundle, "report": report},
+                fn_constructor_kwargs={
+                    "bundle": options.bundle,
+                    "report": report,
+                    "fingerprint": bundle.scorer_fingerprint,
+                },
                 batch_size=_SCORE_BATCH,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=4),
@@ -245,133 +238,122 @@ def _score(
                 filesystem=dest.filesystem,
                 min_rows_per_file=min(_ROWS_PER_FILE * 8, total),
             )
-    record["seconds"]["score"] = time.monotonic() - started
-    record["score_photos_per_s"] = round(report.rate, 3)
     dest.check_rows("scores", run_id, total)
+    return time.monotonic() - started, round(report.rate, 3)
 
 
-def _keep_rows(rows: pa.Table, image_ids: Any) -> pa.Table:
-    wanted = ray.get(image_ids) if isinstance(image_ids, ray.ObjectRef) else image_ids
-    return rows.filter(pa.compute.is_in(rows.column("image_id"), value_set=wanted))
+def _keep_rows(rows: pa.Table, keys: ray.ObjectRef) -> pa.Table:
+    return rows.filter(pc.is_in(_row_keys(rows), value_set=ray.get(keys))).drop_columns(["run_id"])
+
+
+def _row_keys(rows: pa.Table) -> pa.ChunkedArray:
+    """One text for each row: an image may have rows in several runs."""
+    return pc.binary_join_element_wise(rows.column("run_id").cast(pa.string()), rows.column("image_id"), "/")
 
 
 # --- what there is to do ----------------------------------------------------------------------------------------------
 
 
-def _to_do(library: str, dest: Destination, bundle: Bundle, options: Options, listing: _Listing) -> Iterator[pa.Table]:
-    """Manifest rows of a library that no committed run has done with these encoders; transient failures again."""
+@dataclass
+class _Listing:
+    """A library against what is committed, as one stream.
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    Attributes:
+        listed, listed_bytes: photos in the library; known once `to_do` is exhausted.
+        new: photos of them to do, whatever the limit.
+    """
+
+    library: str
+    dest: Destination
+    bundle: Bundle
+    options: Options
+    listed: int = 0
+    listed_bytes: int = 0
+    new: int = 0
+    _failure: Exception | None = None
+
+    def to_do(self) -> Iterator[pa.Table]:
+        """Manifest rows that no committed run has done with these encoders, at most `options.limit`, as shards.
+
+        Raises:
+            UsageError: there are no photos; or what is done already was scored by another scorer.
+        """
+        done = _done(self.dest, self.bundle)
+        limit = self.options.limit
+        with duckdb.connect() as connection:
+            # DuckDB takes a stream for one row and would build its hash table on the library instead of on `done`.
+            connection.execute("SET disabled_optimizers = 'build_side_probe_side,join_order'")
+            connection.register("listing", pa.RecordBatchReader.from_batches(schema.MANIFEST, self._batches()))
+            connection.register("done", done)
+            rows = connection.sql("SELECT * FROM listing ANTI JOIN done USING (image_id)")
+            for batch in rows.to_arrow_reader(_MANIFEST_SHARD_ROWS):
+                table = pa.Table.from_batches([batch]).cast(schema.MANIFEST)
+                if limit is not None:
+                    table = table.slice(0, max(0, limit - self.new))
+                self.new += batch.num_rows
+                if table.num_rows:
+                    yield table
+        if self._failure is not None:
+            raise self._failure
+        if not self.listed:
+            raise UsageError(f"{redact(self.library)}: no photos there; looked for the file names of photos")
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
         try:
-            for table in list_library(library, options.storage_options):
-                listing.listed += table.num_rows
-                listing.listed_bytes += sum(table.column("size_bytes").drop_null().to_pylist())
+            for table in list_library(self.library, self.options.storage_options):
+                self.listed += table.num_rows
+                self.listed_bytes += pc.sum(table.column("size_bytes"), min_count=0).as_py()
                 yield from table.to_batches()
-        except Exception as error:  # DuckDB would turn it into a text of its own; kept here, raised below
-            listing.failure = error
-
-    stream = pa.RecordBatchReader.from_batches(schema.MANIFEST, batches())
-    with duckdb.connect() as connection:
-        connection.register("listing", stream)
-        connection.register("done", _done(dest, bundle))
-        limit = "" if options.limit is None else f"LIMIT {int(options.limit)}"
-        rows = connection.sql(f"SELECT * FROM listing ANTI JOIN done USING (image_id) {limit}")
-        for batch in rows.to_arrow_reader(_MANIFEST_SHARD_ROWS):
-            yield pa.Table.from_batches([batch]).cast(schema.MANIFEST)
-    if listing.failure is not None:
-        raise listing.failure
+        except Exception as error:  # DuckDB would make a text of its own of it; kept here, raised above
+            self._failure = error
 
 
 def _done(dest: Destination, bundle: Bundle) -> pa.Table:
-    columns = ["image_id", "encoder_fingerprint", "error_kind"]
-    source = dest.scan("embeddings", [record["run_id"] for record in dest.runs()], columns)
-    if source is None:
+    """Ids of images whose newest row needs nothing: these encoders made it, or its bytes are past help.
+
+    Raises:
+        UsageError: they were scored by another scorer, and one ranking must have one scorer.
+    """
+    if not dest.has("embeddings"):
         return pa.table({"image_id": pa.array([], pa.string())})
-    transient = ", ".join(f"'{kind}'" for kind in TRANSIENT_KINDS)
+    final = ", ".join(f"'{kind}'" for kind in FINAL_KINDS)
+    embeddings = dest.latest("embeddings", ["image_id", "encoder_fingerprint", "error_kind"])
+    scores = dest.latest("scores", ["image_id", "scorer_fingerprint"])
     with duckdb.connect() as connection:
-        connection.register("source", source)
-        return connection.sql(
-            f"SELECT DISTINCT image_id FROM source "
+        connection.register("embeddings", embeddings)
+        connection.register("scores", scores)
+        connection.execute(
+            "CREATE TABLE done AS SELECT image_id FROM embeddings "
             f"WHERE encoder_fingerprint = '{bundle.encoder_fingerprint}' "
-            f"AND (error_kind IS NULL OR error_kind NOT IN ({transient}))"
-        ).to_arrow_table()
+            f"AND (error_kind IS NULL OR error_kind IN ({final}))"
+        )
+        other = connection.execute(
+            "SELECT count(*) FROM done JOIN scores USING (image_id) "
+            f"WHERE scorer_fingerprint <> '{bundle.scorer_fingerprint}'"
+        ).fetchall()[0][0]
+        if other:
+            raise UsageError(
+                f"{dest.url}: {other} photos were scored by another scorer than that of bundle {bundle.name} "
+                f"{bundle.version}, and one ranking must have one; run `picinspector rescore` with this bundle first"
+            )
+        return connection.sql("SELECT image_id FROM done").to_arrow_table()
 
 
-def _sharded(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    for table in tables:
-        for start in range(0, table.num_rows, _MANIFEST_SHARD_ROWS):
-            yield table.slice(start, _MANIFEST_SHARD_ROWS)
+def _stale(dest: Destination, bundle: Bundle) -> tuple[int, pa.Table]:
+    """How many photos the destination has, and the newest embeddings rows that this scorer has not scored.
 
-
-def _check_listed(library: str, listing: _Listing) -> None:
-    if not listing.listed:
-        raise UsageError(f"{redact(library)}: no photos there; looked for photo file names, upper or lower case")
-
-
-def _check_encoders(latest: pa.Table, bundle: Bundle, dest: Destination) -> None:
-    good = latest.filter(pa.compute.is_null(latest.column("error_kind")))
-    other = pa.compute.not_equal(good.column("encoder_fingerprint"), bundle.encoder_fingerprint)
-    if count := pa.compute.sum(other).as_py():
+    Raises:
+        UsageError: nothing is there, or other encoders made it.
+    """
+    columns = [*schema.MANIFEST.names, "run_id", "encoder_fingerprint", "error_kind"]
+    latest = dest.latest("embeddings", columns)
+    good = latest.filter(pc.is_null(latest.column("error_kind")))
+    other = pc.not_equal(good.column("encoder_fingerprint"), bundle.encoder_fingerprint)
+    if count := pc.sum(other, min_count=0).as_py():
         raise UsageError(
             f"{dest.url}: {count} of {good.num_rows} photos were embedded by other encoders than those of bundle "
             f"{bundle.name} {bundle.version}; run `picinspector score` with this bundle first"
         )
-
-
-# --- the record -------------------------------------------------------------------------------------------------------
-
-
-def _new_record(kind: str, bundle: Bundle, dest: Destination, library: str | None) -> dict[str, Any]:
-    return {
-        "run_id": new_run_id(),
-        "kind": kind,
-        "library": redact(library) if library is not None else None,
-        "destination": dest.url,
-        "bundle": {
-            "name": bundle.name,
-            "version": bundle.version,
-            "encoder_fingerprint": bundle.encoder_fingerprint,
-            "scorer_fingerprint": bundle.scorer_fingerprint,
-            "scorer_kind": bundle.scorer_kind,
-        },
-        "started_at": runs.now(),
-        "counts": {},
-        "seconds": {},
-    }
-
-
-def _commit(dest: Destination, record: dict[str, Any], total: int, started: float) -> dict[str, Any]:
-    errors = _errors_by_kind(dest, record["run_id"])
-    failed, transient = sum(errors.values()), sum(errors.get(kind, 0) for kind in TRANSIENT_KINDS)
-    elapsed = time.monotonic() - started
-    record["counts"] |= {
-        "unchanged": record["counts"]["listed"] - total,
-        "scored": total - failed,
-        "failed": failed,
-        "failed_transient": transient,
-        "errors_by_kind": errors,
-    }
-    record["seconds"] = {name: round(value, 3) for name, value in {**record["seconds"], "total": elapsed}.items()}
-    record["photos_per_s"] = round(total / elapsed, 3)
-    record["environment"] = runs.describe_environment()
-    record["finished_at"] = runs.now()
-    record["outcome"] = "transient_failures" if transient else "done"
-    dest.commit(record)
-    return record
-
-
-def _errors_by_kind(dest: Destination, run_id: str) -> dict[str, int]:
-    source = dest.scan("scores", [run_id], ["error_kind"])
-    if source is None:
-        return {}
-    with duckdb.connect() as connection:
-        connection.register("source", source)
-        rows = connection.sql(
-            "SELECT error_kind, count(*) FROM source WHERE error_kind IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
-        ).fetchall()
-    return {str(kind): int(count) for kind, count in rows}
-
-
-def exit_code(record: Mapping[str, Any]) -> int:
-    """The process exit code that says how a committed run ended: 0 done, 3 transient failures remain."""
-    return 3 if record["counts"]["failed_transient"] else 0
+    scores = dest.latest("scores", ["image_id", "scorer_fingerprint"])
+    same = scores.filter(pc.equal(scores.column("scorer_fingerprint"), bundle.scorer_fingerprint)).column("image_id")
+    return latest.num_rows, latest.filter(pc.invert(pc.is_in(latest.column("image_id"), value_set=same)))

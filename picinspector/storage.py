@@ -7,10 +7,11 @@ import errno
 import os
 import random
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 import fsspec
@@ -19,17 +20,36 @@ import fsspec.core
 
 from picinspector.errors import ErrorKind, PhotoError, StorageError
 
+_Answer = TypeVar("_Answer")
+
 #: Requests in flight for one batch: enough to hide object-store latency, few enough to share a node's network.
 CONCURRENCY = 32
 _ATTEMPTS = 3
 _BACKOFF_S = 0.5
-_TIMEOUT_S = 60.0
+#: For one whole file: 100 MB over a link that 32 reads share. The clients' own time-outs end what stands still.
+_TIMEOUT_S = 300.0
 
 #: Query parameters that carry a signature or a key (AWS, Google, Azure, and the plain words).
 _SECRET_PARAMETERS = frozenset(
     {"x-amz-signature", "x-amz-credential", "x-amz-security-token", "x-goog-signature", "x-goog-credential"}
     | {"signature", "sig", "awsaccesskeyid", "token", "access_token", "key", "api_key", "apikey"}
 )
+
+
+class StorageOptions:
+    """fsspec options on their way to the workers, shown to nobody: Ray writes a stage's arguments into its metadata."""
+
+    __slots__ = ("_options",)
+
+    def __init__(self, options: Mapping[str, Any] | None) -> None:
+        self._options = dict(options or {})
+
+    def __repr__(self) -> str:
+        return "StorageOptions(...)"
+
+    def reveal(self) -> dict[str, Any]:
+        """The options, for a filesystem."""
+        return dict(self._options)
 
 
 def open_filesystem(
@@ -166,15 +186,32 @@ async def _read_remote(filesystem: fsspec.asyn.AsyncFileSystem, path: str, max_b
     return bytes(content)
 
 
+def stat(uri: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a store knows of a file (fsspec's info, `mtime_ns` where it is local); {} if it does not say.
+
+    Transient failures are tried again as in `fetch`; what is wrong with a missing file, fetching it will say.
+    """
+
+    def ask() -> dict[str, Any]:
+        filesystem, path = open_filesystem(uri, options)
+        if is_local(uri):  # with the nanoseconds that a listing sees, and fsspec's info rounds
+            found = os.stat(path)  # noqa: PTH116
+            return {"name": path, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+        return dict(filesystem.info(path))
+
+    answer = _attempt(ask)
+    return {} if isinstance(answer, PhotoError) else answer
+
+
 def _read_local(uri: str, max_bytes: int) -> bytes:
     with open(local_path(uri), "rb") as file:  # noqa: PTH123
         return file.read(max_bytes + 1)
 
 
-def _attempt(read: Callable[[], bytes]) -> bytes | PhotoError:
+def _attempt(ask: Callable[[], _Answer]) -> _Answer | PhotoError:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return read()
+            return ask()
         except Exception as error:  # the row boundary: whatever storage raises is this photo's error
             failure = to_photo_error(error)
         if not failure.kind.transient or attempt == _ATTEMPTS:
@@ -200,6 +237,8 @@ def _backoff_s(attempt: int) -> float:
 
 
 _THROTTLED = re.compile(r"slow\s?down|reduce your request rate|throttl|too many requests|serviceunavailable", re.I)
+#: Too many open files, a network file system that went away.
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ESTALE})
 _BROKEN = ("Connect", "Disconnected", "Payload", "IncompleteRead", "ResponseStreaming")
 _BY_STATUS = {401: ErrorKind.ACCESS_DENIED, 403: ErrorKind.ACCESS_DENIED, 404: ErrorKind.NOT_FOUND}
 _BY_STATUS |= {408: ErrorKind.TIMEOUT, 429: ErrorKind.THROTTLED, 503: ErrorKind.THROTTLED, 504: ErrorKind.TIMEOUT}
@@ -224,6 +263,8 @@ def _kind(error: Exception) -> ErrorKind:
         return _BY_STATUS[status]
     if isinstance(error, TimeoutError) or any("timeout" in name.lower() for name in names):
         return ErrorKind.TIMEOUT
+    if getattr(error, "errno", None) in _PASSING or isinstance(error, socket.gaierror):
+        return ErrorKind.CONNECTION
     if any(part in name for part in _BROKEN for name in names) or status >= 500:
         return ErrorKind.CONNECTION
     return ErrorKind.STORAGE

@@ -61,16 +61,14 @@ class Destination:
         return f"{self.root}/runs/{run_id}/manifest"
 
     def check_writable(self) -> None:
-        """Write and remove a small file.
+        """Write a small file, always the same one: the right to delete is not needed.
 
         Raises:
             StorageError: that failed.
         """
-        probe = f"{self.root}/.picinspector-{secrets.token_hex(4)}"
         try:
-            self._make_folder(self.root)
-            self.filesystem.pipe_file(probe, b"x")
-            self.filesystem.rm_file(probe)
+            self._make_folder(f"{self.root}/runs")
+            self.filesystem.pipe_file(f"{self.root}/runs/.writable", b"picinspector")
         except Exception as error:  # any storage library's own type; all mean the same to the user
             reason = to_photo_error(error).message
             raise StorageError(f"cannot write to {self.url}: {reason}; check the path and the credentials") from error
@@ -106,6 +104,9 @@ class Destination:
             return record
         except (FileNotFoundError, NotADirectoryError):
             return None  # never committed
+        except ValueError as error:
+            advice = "remove that run's folder, or restore the file"
+            raise StorageError(f"{redact(path)} is damaged: {error}; {advice}") from error
         except Exception as error:  # taken for uncommitted, it would have a whole library scored again
             reason = to_photo_error(error).message
             raise StorageError(f"cannot read {redact(path)}: {reason}; run the same command again") from error
@@ -170,23 +171,73 @@ class Destination:
             )
             return rows.to_arrow_table()
 
+    def has(self, table: TableName) -> bool:
+        """True if a committed run has written this table here."""
+        return any(self.files(self.table_path(table, record["run_id"])) for record in self.runs())
+
+    def runs_of_one_width(self, run_ids: Sequence[str]) -> list[list[str]]:
+        """These runs in groups whose embeddings are equally wide: one reader takes one Arrow schema."""
+        groups: dict[pa.DataType, list[str]] = {}
+        for run_id in run_ids:
+            with self.filesystem.open(self.files(self.table_path("embeddings", run_id))[0], "rb") as file:
+                names = pa.parquet.read_schema(file)
+            width = pa.struct([names.field("clip_embedding"), names.field("dinov2_embedding")])
+            groups.setdefault(width, []).append(run_id)
+        return list(groups.values())
+
+    def errors_by_kind(self, run_id: str) -> dict[str, int]:
+        """How many photos of a run failed for which reason, most first."""
+        source = self.scan("scores", [run_id], ["error_kind"])
+        if source is None:
+            return {}
+        with duckdb.connect() as connection:
+            connection.register("source", source)
+            rows = connection.sql(
+                "SELECT error_kind, count(*) FROM source WHERE error_kind IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
+            ).fetchall()
+        return {str(kind): int(count) for kind, count in rows}
+
+    def check_manifest(self, run_id: str, expected: int) -> None:
+        """Assert that a run's manifest names each image once.
+
+        Raises:
+            TableError: it does not.
+        """
+        self._check_rows(f"the manifest of run {run_id}", self._scan(self.manifest_path(run_id)), expected)
+
     def check_rows(self, table: TableName, run_id: str, expected: int) -> None:
-        """Assert that a run's table holds exactly the rows of its manifest, each once.
+        """Assert that a run's table holds exactly the images of its manifest, each once.
 
         Raises:
             TableError: rows were lost or doubled.
         """
-        source = self.scan(table, [run_id], ["image_id"])
+        self._check_rows(f"{table} of run {run_id}", self.scan(table, [run_id], ["image_id"]), expected)
+        if not expected:
+            return
+        with duckdb.connect() as connection:
+            connection.register("source", self.scan(table, [run_id], ["image_id"]))
+            connection.register("manifest", self._scan(self.manifest_path(run_id)))
+            lost = connection.sql("SELECT count(*) FROM manifest ANTI JOIN source USING (image_id)").fetchall()[0][0]
+        if lost:
+            raise TableError(f"{table} of run {run_id} lacks {lost} photos of its manifest; run the same command again")
+
+    def _scan(self, folder: str) -> pa.dataset.Scanner | None:
+        files = self.files(folder)
+        if not files:
+            return None
+        return pa.dataset.dataset(files, filesystem=self.filesystem, format="parquet").scanner(columns=["image_id"])
+
+    def _check_rows(self, what: str, source: pa.dataset.Scanner | None, expected: int) -> None:
         rows = distinct = 0
         if source is not None:
             with duckdb.connect() as connection:
                 connection.register("source", source)
-                found = connection.sql("SELECT count(*), count(DISTINCT image_id) FROM source").fetchall()[0]
-                rows, distinct = found
+                count = "SELECT count(*), count(DISTINCT image_id) FROM source"
+                rows, distinct = connection.sql(count).fetchall()[0]
         if not rows == distinct == expected:
             raise TableError(
-                f"{table} of run {run_id} has {rows} rows, {distinct} distinct, for {expected} photos in its manifest; "
-                "the run was not committed: run the same command again, and report this if it repeats"
+                f"{what} has {rows} rows, {distinct} distinct, for {expected} photos; the run was not committed: "
+                "run the same command again, and report this if it repeats"
             )
 
 

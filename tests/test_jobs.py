@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head of its own, with six logical CPUs."""
+    """A Ray head of its own, with two CPUs and none to spare."""
 
     jobs_url: str
     environment: dict[str, str]
@@ -57,7 +57,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-             f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=6",
+             f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=2",
              "--object-store-memory=500000000"],
             env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def test_score_and_rescore_as_submitted_jobs(head: Head, tiny: Path, tmp_path: P
     rows = rows_of(dest, "scores", "uri, error_kind")
     assert len(rows) == 13
     record = json.loads(next((dest / "runs").glob("*/run.json")).read_text())
-    assert record["environment"]["cluster"]["cpus"] == 6  # the head's, not a Ray of the job's own
+    assert record["environment"]["cluster"]["cpus"] == 2  # the head's, not a Ray of the job's own
 
     again = head.submit("python", "jobs/rescore.py", str(dest), "--bundle", str(tiny))
     assert again.returncode == 0, again.stdout[-3000:]

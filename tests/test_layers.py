@@ -33,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"stages"}),
-    frozenset({"pipeline", "runs", "serve"}),
+    frozenset({"pipeline", "progress", "runs", "serve"}),
     frozenset({"cli", "__main__"}),
 )
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from picinspector import pipeline, tables
+from picinspector import pipeline, runs, tables
 from picinspector.bundle import seal
 from picinspector.cli import main
 from picinspector.errors import BundleError, StorageError, TableError, UsageError
 from picinspector.manifest import list_library
 from picinspector.stages.single import judge
+from picinspector.storage import StorageOptions
 from tests.awkward import Case, make_corpus
 from tests.bundles import TINY_CLIP, tiny_bundle, write_clip
 from tests.s3_server import S3Server
@@ -137,6 +143,15 @@ def test_night_after_night(tmp_path: Path, tiny: Path) -> None:
     assert {row["uri"] for row in after} == set(before)
     assert {row["run_id"] for row in after} == {record["run_id"]}
     assert any(abs(row["quality_score"] - before[row["uri"]]) > 0.01 for row in after)
+    assert pipeline.rescore(str(dest), options(other))["counts"]["to_do"] == 0  # done already
+
+    (library / "nested").mkdir(parents=True)
+    Image.new("RGB", (90, 90), "red").save(library / "nested" / "late.jpg")
+    with pytest.raises(UsageError, match="no photos there"):
+        pipeline.plan_score(str(tmp_path / "other"), str(dest), options(other))
+    with pytest.raises(UsageError, match="8 photos were scored by another scorer"):
+        pipeline.score(str(library), str(dest), options(tiny))  # one ranking, one scorer
+    assert pipeline.plan_score(str(library), str(dest), options(other))["to_do"] == 1
 
 
 def test_what_was_not_committed_is_not_there(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +162,7 @@ def test_what_was_not_committed_is_not_there(tmp_path: Path, tiny: Path, monkeyp
         raise TableError("the disk went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_commit", crash)
+        patch.setattr(tables.Destination, "commit", crash)
         with pytest.raises(TableError):
             pipeline.score(str(library), str(dest), options(tiny))
     assert len(rows_of(dest, "scores")) == 4  # its files lie there ...
@@ -168,7 +183,8 @@ def test_dry_run_and_limit(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFix
     assert (plan["listed"], plan["to_do"], plan["to_do_bytes"]) == (5, 5, size)
     assert not dest.exists()
     assert main([*arguments, "--limit", "2"]) == 0
-    assert json.loads(capsys.readouterr().out)["counts"]["scored"] == 2
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert (counts["scored"], counts["unchanged"], counts["listed"]) == (2, 0, 5)
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["scored"] == 3
 
@@ -179,10 +195,10 @@ def test_transient_failures_are_named_and_tried_again(tmp_path: Path, tiny: Path
     dest = tmp_path / "dest"
     record = pipeline.score(str(tmp_path / "list.csv"), str(dest), options(tiny))
     assert record["counts"]["errors_by_kind"] == {"connection": 1, "not_found": 1}
-    assert (pipeline.exit_code(record), record["outcome"]) == (3, "transient_failures")
+    assert (runs.exit_code(record), record["outcome"]) == (3, "transient_failures")
     again = pipeline.score(str(tmp_path / "list.csv"), str(dest), options(tiny))
-    assert again["counts"]["to_do"] == 1
-    assert again["counts"]["errors_by_kind"] == {"connection": 1}
+    assert again["counts"]["to_do"] == 2  # neither is past help
+    assert again["counts"]["errors_by_kind"] == {"connection": 1, "not_found": 1}
 
 
 def test_against_s3(scored: Scored, tiny: Path, s3_server: S3Server, s3_bucket: str) -> None:
@@ -204,12 +220,68 @@ def test_against_s3(scored: Scored, tiny: Path, s3_server: S3Server, s3_bucket: 
         for row in tables.best(tables.Destination(scored.dest), 1000)
     }
     assert mine == pytest.approx(theirs, abs=1e-3)
-    again = pipeline.score(f"s3://{s3_bucket}/photos/", url, chosen)
-    assert again["counts"]["to_do"] == 0
+    again = pipeline.plan_score(f"s3://{s3_bucket}/photos/", url, chosen)
+    past_help = {"empty", "unknown_format", "truncated", "corrupt"}
+    assert again["to_do"] == sum(n for kind, n in record["counts"]["errors_by_kind"].items() if kind not in past_help)
     keys = [item["Key"] for item in client.list_objects_v2(Bucket=s3_bucket, Prefix="out/")["Contents"]]
     secret = str(s3_server.storage_options["secret"])
     for key in keys:
         assert secret.encode() not in client.get_object(Bucket=s3_bucket, Key=key)["Body"].read(), key
+
+
+def test_a_photo_put_back_is_done_again(tmp_path: Path, tiny: Path) -> None:
+    """The newest row of a photo counts, not whether its version was ever seen."""
+    library, dest = tmp_path / "library", tmp_path / "dest"
+    library.mkdir()
+    photo, stamp = library / "a.jpg", 1_700_000_000
+    Image.new("RGB", (90, 90), "red").save(photo)
+    os.utime(photo, (stamp, stamp))
+    original = photo.read_bytes()
+    first = pipeline.score(str(library), str(dest), options(tiny))
+    Image.effect_noise((120, 90), 90).convert("RGB").save(photo)
+    assert pipeline.score(str(library), str(dest), options(tiny))["counts"]["to_do"] == 1
+    photo.write_bytes(original)
+    os.utime(photo, (stamp, stamp))
+    third = pipeline.score(str(library), str(dest), options(tiny))
+    assert (first["counts"]["to_do"], third["counts"]["to_do"]) == (1, 1)
+    scores = [row["quality_score"] for row in rows_of(dest, "scores", "quality_score, run_id") if row["run_id"]]
+    latest = tables.best(tables.Destination(dest), 5)
+    assert len(scores) == 3
+    assert [row["run_id"] for row in latest] == [third["run_id"]]
+
+
+def test_killed_and_interrupted_runs_leave_nothing_behind_that_counts(tmp_path: Path, tiny: Path) -> None:
+    library, dest = tmp_path / "library", tmp_path / "dest"
+    make_library(library, 30)
+    command = [sys.executable, "-m", "picinspector", "score", str(library), "--out", str(dest), "--bundle", str(tiny)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    for signal_, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = subprocess.Popen([*command, "-q"], env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((dest / "runs").glob("*/manifest/*.parquet"))) > (signal_ == signal.SIGINT):
+                break
+            time.sleep(0.2)
+        time.sleep(8)  # into Ray's start, or the work itself
+        process.send_signal(signal_)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == expected, errors
+    assert "interrupted; nothing is lost" in errors
+    with pytest.raises(UsageError, match="no committed scores"):
+        tables.best(tables.Destination(dest), 5)
+    record = pipeline.score(str(library), str(dest), options(tiny))
+    assert record["counts"]["scored"] == 30
+    assert len(tables.best(tables.Destination(dest), 100)) == 30
+
+
+def test_secrets_stay_out_of_rays_metadata() -> None:
+    from ray.data._internal.metadata_exporter import sanitize_for_struct
+
+    hidden = StorageOptions({"key": "AKIA123", "secret": "SEKRET-123456"})
+    chosen = options(Path("bundle"), storage_options={"secret": "SEKRET-123456"})
+    shown = f"{sanitize_for_struct({'storage_options': hidden})} {hidden!r} {chosen!r}"
+    assert "SEKRET" not in shown
+    assert hidden.reveal()["secret"] == "SEKRET-123456"
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,9 @@ def test_a_destination_that_cannot_be_written(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     fresh = Destination(tmp_path / "new" / "folder")
     fresh.check_writable()
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    fresh.check_writable()
+    assert [path.name for path in (tmp_path / "new" / "folder" / "runs").iterdir()] == [".writable"]
+    assert fresh.runs() == []
 
 
 def test_an_unreadable_run_record_stops_the_run(dest: Destination, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +193,18 @@ def test_lost_and_doubled_rows_are_found(dest: Destination, table: TableName) ->
     write(dest, table, "doubled", rows, rows.slice(2, 1))
     write(dest, table, "exchanged", rows.slice(0, 5), rows.slice(4, 1))  # as many rows as photos, one of them twice
 
+    manifest = rows.select(schema.MANIFEST.names)
+    dest.write_manifest("whole", [manifest])
+    dest.check_manifest("whole", 6)
     dest.check_rows(table, "whole", 6)
     dest.check_rows(table, "nothing", 0)
+    write(dest, table, "strangers", rows.slice(0, 5), rows.slice(5).set_column(0, "image_id", pa.array(["another"])))
+    dest.write_manifest("strangers", [manifest])
+    with pytest.raises(TableError, match="lacks 1 photos of its manifest"):
+        dest.check_rows(table, "strangers", 6)
+    dest.write_manifest("twice", [manifest, manifest.slice(0, 1)])
+    with pytest.raises(TableError, match="manifest of run twice has 7 rows, 6 distinct"):
+        dest.check_manifest("twice", 7)
     for run_id, counts in {
         "lost": "5 rows, 5",
         "doubled": "7 rows, 6",
@@ -292,7 +304,7 @@ def test_a_destination_on_s3(s3_server: S3Server, s3_bucket: str, prefix: str) -
     other = Destination(url, options)
     other.filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **options)
     write(other, "scores", "r1", score_rows({"/a.jpg": 5.0, "/b.jpg": None}))
-    other.write_manifest("r1", [pa.Table.from_pylist([{"image_id": "1", "uri": "/a.jpg"}], schema=schema.MANIFEST)])
+    other.write_manifest("r1", [score_rows({"/a.jpg": 5.0, "/b.jpg": None}).select(schema.MANIFEST.names)])
     reader.check_rows("scores", "r1", 2)
     assert reader.runs() == []
     commit(other, "r1")
@@ -303,6 +315,7 @@ def test_a_destination_on_s3(s3_server: S3Server, s3_bucket: str, prefix: str) -
 
     keys = [item["Key"] for item in s3_server.client().list_objects_v2(Bucket=s3_bucket)["Contents"]]
     assert sorted(key.removeprefix(prefix[1:]).lstrip("/") for key in keys) == [
+        "runs/.writable",
         "runs/r1/manifest/shard-000000.parquet",
         "runs/r1/run.json",
         "runs/r2/run.json",

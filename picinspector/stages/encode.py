@@ -31,17 +31,28 @@ class Encoder(Protocol):
 class Encode:
     """Both encoders on one device: crops in, embeddings out. One instance an actor."""
 
-    def __init__(self, bundle: str, threads: int | None = None, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        threads: int | None = None,
+        report: Report | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
         """Load the encoders.
 
         Args:
             bundle: name or folder of the bundle on this machine.
             threads: for the CPU; None leaves torch's own choice.
             report: called after each batch.
+            fingerprint: what the driver's bundle has; another one here is another bundle.
+
+        Raises:
+            BundleError: the bundle cannot be used, or is another than the driver's.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         opened = open_bundle(bundle)
+        opened.expect(encoder=fingerprint)
         self._encoders: tuple[Encoder, Encoder] = (
             ClipEncoder(opened.piece("clip")),
             Dinov2Encoder(opened.piece("dinov2")),

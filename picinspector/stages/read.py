@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,10 +12,15 @@ from picinspector import schema
 from picinspector.bundle import Bundle
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.measure import measure
-from picinspector.photo import CropSpec, Limits, Photo, decode
+from picinspector.photo import CropSpec, Limits, decode
 from picinspector.preprocess import clip_preprocess, dinov2_preprocess
 from picinspector.stages import CROP_COLUMNS
-from picinspector.storage import fetch
+from picinspector.storage import StorageOptions, fetch
+
+#: Encoded bytes one task holds at a time: 64 camera raws of 30 MB would be 2 GB a task.
+_WINDOW_BYTES = 256 * 1024**2
+#: Taken for files whose store does not tell their size.
+_UNKNOWN_BYTES = 16 * 1024**2
 
 
 def crops_of(bundle: Bundle) -> tuple[CropSpec, CropSpec]:
@@ -27,13 +32,21 @@ def read_photos(
     manifest: pa.Table,
     crops: Sequence[CropSpec],
     limits: Limits,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> pa.Table:
     """Fetch and decode a batch: manifest columns in; facts, measurements, crops and errors beside them out.
 
     Bytes and full-size pixels end here. A crop is a binary value of S * S * 3 bytes, null where the row has an error.
     """
-    rows = [_read(photo, crops) for photo in _photos(manifest, crops, limits, storage_options)]
+    options = storage_options.reveal() if storage_options is not None else None
+    uris: list[str] = manifest.column("uri").to_pylist()
+    sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
+    rows: list[dict[str, Any]] = []
+    for window in _windows(sizes, limits.max_bytes):
+        fetched = _fetch(uris[window], sizes[window], options, limits)
+        for position, uri in enumerate(uris[window]):
+            rows.append(_read(fetched[position], crops, limits, os.path.splitext(uri)[1]))  # noqa: PTH122
+            fetched[position] = b""  # each file's bytes go as soon as its pixels are here
     columns = {name: manifest.column(name) for name in schema.MANIFEST.names}
     for part in (*schema.FACTS, *schema.MEASUREMENT_FIELDS):
         columns[part.name] = pa.array([row.get(part.name) for row in rows], part.type)
@@ -44,36 +57,39 @@ def read_photos(
     return pa.table(columns)
 
 
-def _photos(
-    manifest: pa.Table, crops: Sequence[CropSpec], limits: Limits, storage_options: Mapping[str, Any] | None
-) -> list[Photo | PhotoError]:
-    uris: list[str] = manifest.column("uri").to_pylist()
-    sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
-    photos: dict[int, Photo | PhotoError] = {
-        index: PhotoError(ErrorKind.TOO_MANY_BYTES, f"{size} bytes, the limit is {limits.max_bytes}")
-        for index, size in enumerate(sizes)
-        if size is not None and size > limits.max_bytes
-    }
-    wanted = [index for index in range(len(uris)) if index not in photos]
-    fetched = fetch([uris[index] for index in wanted], storage_options, limits.max_bytes)
-    for position, index in enumerate(wanted):
-        photos[index] = _decode(fetched[position], crops, limits, os.path.splitext(uris[index])[1])  # noqa: PTH122
-        fetched[position] = b""  # each file's bytes go as soon as its pixels are here
-    return [photos[index] for index in range(len(uris))]
+def _windows(sizes: Sequence[int | None], max_bytes: int) -> Iterator[slice]:
+    """Stretches of a batch whose files fit `_WINDOW_BYTES` together; a larger file is alone in its own."""
+    start = total = 0
+    for index, size in enumerate(sizes):
+        bytes_ = min(size if size is not None else _UNKNOWN_BYTES, max_bytes)
+        if index > start and total + bytes_ > _WINDOW_BYTES:
+            yield slice(start, index)
+            start, total = index, 0
+        total += bytes_
+    if start < len(sizes):
+        yield slice(start, len(sizes))
 
 
-def _decode(data: bytes | PhotoError, crops: Sequence[CropSpec], limits: Limits, suffix: str) -> Photo | PhotoError:
-    if isinstance(data, PhotoError):
-        return data
+def _fetch(
+    uris: Sequence[str], sizes: Sequence[int | None], options: Mapping[str, Any] | None, limits: Limits
+) -> list[bytes | PhotoError]:
+    files: list[bytes | PhotoError] = [
+        PhotoError(ErrorKind.TOO_MANY_BYTES, f"{size} bytes, the limit is {limits.max_bytes}") for size in sizes
+    ]
+    wanted = [index for index, size in enumerate(sizes) if size is None or size <= limits.max_bytes]
+    fetched = fetch([uris[index] for index in wanted], options, limits.max_bytes)
+    for index, data in zip(wanted, fetched, strict=True):
+        files[index] = data
+    return files
+
+
+def _read(data: bytes | PhotoError, crops: Sequence[CropSpec], limits: Limits, suffix: str) -> dict[str, Any]:
     try:
-        return decode(data, crops, limits, suffix)
+        if isinstance(data, PhotoError):
+            raise data
+        photo = decode(data, crops, limits, suffix)
     except PhotoError as error:
-        return error
-
-
-def _read(photo: Photo | PhotoError, crops: Sequence[CropSpec]) -> dict[str, Any]:
-    if isinstance(photo, PhotoError):
-        return {"error_kind": photo.kind.value, "error_message": photo.message}
+        return {"error_kind": error.kind.value, "error_message": error.message}
     measured = {f"measured_{name}": value for name, value in measure(photo.working).items()}
     pixels = {name: crop.tobytes() for name, crop in zip(CROP_COLUMNS, photo.crops, strict=True)}
     return {**photo.facts, **measured, **pixels}

@@ -31,9 +31,19 @@ def score_columns(bundle: Bundle) -> list[str]:
 class Score:
     """Quality, attributes and scene from stored embeddings, on the CPU. One instance an actor."""
 
-    def __init__(self, bundle: str, report: Report | None = None) -> None:
-        """Load the scorer and the attribute head, or the zero-shot prompts where the bundle has no scorer."""
+    def __init__(self, bundle: str, report: Report | None = None, fingerprint: str | None = None) -> None:
+        """Load the scorer and the attribute head, or the zero-shot prompts where the bundle has no scorer.
+
+        Args:
+            bundle: name or folder of the bundle on this machine.
+            report: called after each batch.
+            fingerprint: what the driver's bundle has; another one here is another bundle.
+
+        Raises:
+            BundleError: the bundle cannot be used, or is another than the driver's.
+        """
         opened = open_bundle(bundle)
+        opened.expect(scorer=fingerprint)
         self._scorer = Scorer(opened.piece("scorer")) if opened.has("scorer") else None
         self._head = AttributeHead(opened.piece("attributes")) if opened.has("scorer") else None
         self._zero_shot = None if opened.has("scorer") else ZeroShot(opened.piece("zero_shot"))

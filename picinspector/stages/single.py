@@ -12,6 +12,7 @@ from picinspector.photo import Limits
 from picinspector.stages.encode import Encode
 from picinspector.stages.read import crops_of, read_photos
 from picinspector.stages.score import Score
+from picinspector.storage import StorageOptions
 
 
 def judge(uri: str, bundle: str = "builtin", storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def judge(uri: str, bundle: str = "builtin", storage_options: Mapping[str, Any] 
     Raises:
         BundleError: the bundle cannot be used.
     """
-    photo = read_photos(stat_uris([uri], storage_options), crops_of(open_bundle(bundle)), Limits(), storage_options)
+    manifest, crops = stat_uris([uri], storage_options), crops_of(open_bundle(bundle))
+    photo = read_photos(manifest, crops, Limits(), StorageOptions(storage_options))
     embedded = Encode(bundle)(photo)
     scored = Score(bundle)(embedded).to_pylist()[0]
     seen = embedded.select([*schema.FACTS.names, *schema.MEASUREMENT_FIELDS.names]).to_pylist()[0]
