@@ -5,7 +5,8 @@ ray job submit --working-dir . -- python jobs/rescore.py s3://bucket/scores --bu
 
 import sys
 
-from picinspector.cli import main
+from picinspector.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main(["rescore", *sys.argv[1:]]))
+    sys.argv.insert(1, "rescore")
+    entry_point()

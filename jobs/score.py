@@ -5,7 +5,8 @@ ray job submit --working-dir . -- python jobs/score.py s3://bucket/photos --out 
 
 import sys
 
-from picinspector.cli import main
+from picinspector.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main(["score", *sys.argv[1:]]))
+    sys.argv.insert(1, "score")
+    entry_point()

@@ -81,9 +81,8 @@ class Bundle:
     def encoder_fingerprint(self) -> str:
         """Hash of all that determines an embeddings row: encoder weights, their preprocessing, `ENCODE_VERSION`.
 
-        Precision (bfloat16 or float32) is left out on purpose: a cluster may mix hosts, and it moves embeddings by less
-        than 0.001 in cosine for transformers; by up to 0.003 for the builtin convolutional tower, and its
-        `quality_score` by up to about 0.2.
+        Precision (bfloat16 or float32) is left out on purpose: a cluster may mix hosts. It moves embeddings of
+        transformers by less than 0.001 in cosine; of the builtin bundle's convolutional tower more, see its card.
         """
         return self._fingerprint(("clip", "dinov2"), f"encode {ENCODE_VERSION}")
 

@@ -37,6 +37,8 @@ StorageOptions = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Do at most this many photos.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else Ray on this machine.")]
+_INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
 
@@ -46,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     debug = bool(os.environ.get("PICINSPECTOR_DEBUG"))
     try:
         result = app(args=arguments, prog_name="picinspector", standalone_mode=False)
+        if result == _INTERRUPTED:  # how Typer reports Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing is lost: run the same command again", 130)
+        return _complain("interrupted; nothing is lost: run the same command again", _INTERRUPTED)
     except PicInspectorError as error:
         # Ray wraps what a worker raised in a subclass whose text is a traceback; the cause has the one line.
         cause = getattr(error, "cause", error)
@@ -57,8 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: usage, abort
             error.show()
             return int(error.exit_code)
-        if type(error).__name__ == "Abort":
-            return _complain("interrupted; nothing is lost: run the same command again", 130)
         if debug:
             raise
         cause = getattr(error, "cause", None) or error
@@ -71,7 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry_point() -> None:
     """The `picinspector` command."""
-    sys.exit(main())
+    code = main()
+    if code == _INTERRUPTED:
+        # Ray Data's threads are in the middle of something; taking Python down around them was seen to crash (SIGSEGV).
+        # A local Ray ends by itself when its driver is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _complain(message: str, exit_code: int) -> int:
