@@ -27,8 +27,9 @@ lint: .venv/installed-all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# make bench PHOTOS=/folder measures on photos of yours.
 bench: .venv/installed-all
-	@$(BIN)/python -m benchmarks.pipeline
+	@$(BIN)/python -m benchmarks.pipeline $(PHOTOS)
 
 # What cluster.yaml copies to every node.
 wheel: .venv/installed-demo

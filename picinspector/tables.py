@@ -116,8 +116,8 @@ class Destination:
     def write_manifest(self, run_id: str, tables: Iterable[pa.Table]) -> int:
         """Write the manifest shards of a run; returns the number of rows."""
         folder, rows = self.manifest_path(run_id), 0
-        self._make_folder(folder)
         for index, table in enumerate(tables):
+            self._make_folder(folder)  # not before there is something to do: a mistake leaves no folder behind
             with self.filesystem.open(f"{folder}/shard-{index:06d}.parquet", "wb") as file:
                 pa.parquet.write_table(table, file)
             rows += table.num_rows

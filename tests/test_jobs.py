@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bundles import tiny_bundle
 from tests.test_pipeline import make_library, rows_of
 
 REPOSITORY = Path(__file__).parent.parent
@@ -40,10 +41,16 @@ class Head:
     def submit(self, *command: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- command`, from the repository as it is."""
         ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", self.jobs_url]
-        return subprocess.run(
-            [*ray, "--working-dir", ".", "--", *command],
-            cwd=REPOSITORY, env=self.environment, timeout=timeout_s, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while True:
+            done = subprocess.run(
+                [*ray, "--working-dir", ".", "--", *command],
+                cwd=REPOSITORY, env=self.environment, timeout=timeout_s, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            # A head answers before its job agent is up, and says so.
+            if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,8 @@ def test_score_and_rescore_as_submitted_jobs(head: Head, tiny: Path, tmp_path: P
     record = json.loads(next((dest / "runs").glob("*/run.json")).read_text())
     assert record["environment"]["cluster"]["cpus"] == 2  # the head's, not a Ray of the job's own
 
-    again = head.submit("python", "jobs/rescore.py", str(dest), "--bundle", str(tiny))
+    other = tiny_bundle(tmp_path / "other", scorer_seed=1).folder
+    again = head.submit("python", "jobs/rescore.py", str(dest), "--bundle", str(other))
     assert again.returncode == 0, again.stdout[-3000:]
     assert len(rows_of(dest, "scores", "uri")) == 26
 
