@@ -106,6 +106,8 @@ def test_score_and_rescore_as_submitted_jobs(head: Head, tiny: Path, tmp_path: P
     assert again.returncode == 0, again.stdout[-3000:]
     assert len(rows_of(dest, "scores", "uri")) == 26
 
-    wrong = head.submit(*shlex.split(f"python jobs/score.py {tmp_path}/nowhere --out {dest}"), "--bundle", str(tiny))
+    wrong = head.submit(
+        *shlex.split(f"python jobs/score.py {tmp_path}/nowhere --out {tmp_path}/else"), "--bundle", str(tiny)
+    )
     assert wrong.returncode != 0
     assert "cannot list" in wrong.stdout
