@@ -29,6 +29,9 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "report",
                 "xmp",
                 "degrade",
+                "metrics",
+                "recipe",
+                "ratings",
             ),
         }
     ),
