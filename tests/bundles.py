@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from picinspector import bundle, schema
-from training.fit_attributes import TrainableHead
+from picinspector import bundle
+from training.attribute_head import AttributeHead, write_head
 
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 32,
@@ -77,13 +77,13 @@ def write_scorer(folder: Path, features: dict[str, int], seed: int = 0) -> None:
     (folder / "scorer.json").write_text(json.dumps(spec))
 
 
-def write_attributes(folder: Path, input_dim: int, hidden_dim: int = 16, seed: int = 0) -> None:
-    """An attribute head with random weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_attributes(folder: Path, features: dict[str, int], hidden_dim: int = 16, seed: int = 0) -> None:
+    """An attribute head with random weights over these columns (name -> width)."""
     torch.manual_seed(seed)
-    save_file(TrainableHead(input_dim, hidden_dim).state_dict(), folder / "head.safetensors")
-    spec = {"input_dim": input_dim, "hidden_dim": hidden_dim, "attributes": schema.ATTRIBUTES, "scenes": schema.SCENES}
-    (folder / "head.json").write_text(json.dumps(spec))
+    head = AttributeHead(sum(features.values()), hidden_dim)
+    widths = np.repeat(list(features.values()), list(features.values()))
+    head.input.scale.copy_(torch.from_numpy(widths**-0.5))  # what the entries of an L2-normalised vector are like
+    write_head(head, list(features), [name for name in features if name == "measured_noise"], folder)
 
 
 def halve(weights: Path) -> None:
@@ -96,5 +96,5 @@ def tiny_bundle(folder: Path, scorer_seed: int = 0) -> bundle.Bundle:
     write_clip(folder / "clip", TINY_CLIP)
     write_dinov2(folder / "dinov2", TINY_DINOV2, resize_px=64, crop_px=56)
     write_scorer(folder / "scorer", {"clip_embedding": 32, "measured_sharpness": 1}, scorer_seed)
-    write_attributes(folder / "attributes", 48, seed=scorer_seed)
+    write_attributes(folder / "attributes", {"dinov2_embedding": 48, "measured_noise": 1}, seed=scorer_seed)
     return bundle.seal(folder, "tiny", "0.0.1")

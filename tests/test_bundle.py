@@ -147,7 +147,7 @@ def test_fingerprints_change_with_what_determines_the_values(folder: Path, monke
     same_encoders, new_scorer = fingerprints(seal(moved, "tiny", "0.0.2"))
     assert same_encoders == encoders, "a new scorer must not make a library be embedded again"
     assert new_scorer != scorer
-    write_attributes(moved / "attributes", 48, seed=1)
+    write_attributes(moved / "attributes", {"dinov2_embedding": 48}, seed=1)
     same_encoders, new_head = fingerprints(seal(moved, "tiny", "0.0.3"))
     assert same_encoders == encoders
     assert new_head not in (scorer, new_scorer)
@@ -288,16 +288,20 @@ def test_an_unusable_scorer(folder: Path, values: dict[str, object], reason: str
 
 def test_an_unusable_attribute_head(folder: Path) -> None:
     path = folder / "attributes"
-    wide = np.zeros((2, 47), np.float16)
-    assert "takes 48-wide DINOv2 embeddings, these are 47" in refusal(lambda: AttributeHead(path).predict(wide))
+    wide = {"dinov2_embedding": np.zeros((2, 47), np.float16), "measured_noise": np.zeros(2, np.float32)}
+    assert refusal(lambda: AttributeHead(path).predict(wide)) == (
+        "the attribute head was trained on 49 features, these embeddings give 48 "
+        "{'dinov2_embedding': 47, 'measured_noise': 1}: "
+        "score with the bundle that embedded the library, or embed it again with this one"
+    )
     edit(path / "head.json", hidden_dim=8)
-    assert "trunk is (16, 48), head.json says (8, 48)" in refusal(lambda: AttributeHead(path))
+    assert "trunk.weight is (16, 49), head.json says (8, 49)" in refusal(lambda: AttributeHead(path))
     edit(path / "head.json", hidden_dim=16, scenes=[*schema.SCENES[1:], schema.SCENES[0]])
     assert "trained for" in refusal(lambda: AttributeHead(path))
     edit(path / "head.json", scenes=schema.SCENES)
     tensors = load_torch(path / "head.safetensors")
     save_file({name: value for name, value in tensors.items() if name != "scene.bias"}, path / "head.safetensors")
-    assert "scene is (9, 16)" in refusal(lambda: AttributeHead(path))
+    assert "scene.bias is None, head.json says (9,)" in refusal(lambda: AttributeHead(path))
     (path / "head.safetensors").write_bytes(b"not safetensors")
     assert "cannot be read" in refusal(lambda: AttributeHead(path))
     (path / "head.json").write_text("[]")

@@ -11,10 +11,8 @@ import lightgbm
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import save_file
-from safetensors.torch import load_file
 
 from picinspector import schema
 from picinspector.attributes import AttributeHead
@@ -29,8 +27,7 @@ from picinspector.stages.read import crops_of, read_photos
 from picinspector.stages.score import Score, score_columns
 from picinspector.stages.single import judge
 from picinspector.zeroshot import ZeroShot
-from tests.bundles import tiny_bundle, write_attributes, write_scorer
-from training.fit_attributes import TrainableHead as TorchHead
+from tests.bundles import tiny_bundle, write_scorer
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +83,6 @@ def test_the_scorer_gives_what_lightgbm_gives(tmp_path: Path) -> None:
     assert predicted.dtype == quality.dtype == np.float32
     assert np.allclose(predicted, reference, atol=1e-6)
     assert np.allclose(quality, 1 + 9 * np.clip(reference, 0, 1), atol=1e-5)
-
-
-def test_the_head_gives_what_the_trained_module_gives(tmp_path: Path) -> None:
-    write_attributes(tmp_path, input_dim=48)
-    module = TorchHead(48, 16)
-    module.load_state_dict(load_file(tmp_path / "head.safetensors"))
-    embedding = torch.nn.functional.normalize(torch.randn(40, 48, generator=torch.Generator().manual_seed(0)), dim=1)
-    with torch.no_grad():
-        reference, logits = module(embedding.half().float())
-    attributes, scenes = AttributeHead(tmp_path).predict(embedding.half().numpy())
-    assert attributes.dtype == scenes.dtype == np.float32
-    assert np.ptp(attributes, axis=0).min() > 1, "photos are told apart"
-    assert np.allclose(attributes, reference.numpy(), atol=1e-3)
-    assert np.allclose(scenes, torch.softmax(logits, dim=1).numpy(), atol=1e-5)
 
 
 def prompts(folder: Path) -> Path:
@@ -224,13 +207,14 @@ def test_scores_are_those_of_the_models(folder: Path, tmp_path: Path) -> None:
     manifest, _ = make_manifest(tmp_path, ".x..")
     embedded = Encode(str(folder))(read_photos(manifest, crops_of(open_bundle(folder)), Limits()))
     rows = [row for row in embedded.to_pylist() if row["error_kind"] is None]
-    columns = {name: np.array([row[name] for row in rows], np.float32) for name in (*EMBEDDED, "measured_sharpness")}
+    read = (*EMBEDDED, "measured_sharpness", "measured_noise")
+    columns = {name: np.array([row[name] for row in rows], np.float32) for name in read}
     predicted, quality = Scorer(folder / "scorer").predict(columns)
-    attributes, scenes = AttributeHead(folder / "attributes").predict(columns["dinov2_embedding"])
+    attributes, scenes = AttributeHead(folder / "attributes").predict(columns)
 
     # Only the columns that are asked for, as a rescore reads them.
     asked = score_columns(open_bundle(folder))
-    assert set(asked) == {*schema.MANIFEST.names, *EMBEDDED, "measured_sharpness", "error_kind", "error_message"}
+    assert set(asked) == {*schema.MANIFEST.names, *read, "error_kind", "error_message"}
     scored = [row for row in Score(str(folder))(embedded.select(asked)).to_pylist() if row["error_kind"] is None]
     for row, mos, score, attribute, scene in zip(scored, predicted, quality, attributes, scenes, strict=True):
         assert (row["predicted_mos"], row["quality_score"]) == pytest.approx((float(mos), float(score)), abs=1e-5)

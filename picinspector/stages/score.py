@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from picinspector import schema
 from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
-from picinspector.scorer import Scorer
+from picinspector.scorer import Scored, Scorer
 from picinspector.stages import Report
 from picinspector.zeroshot import ZeroShot
 
@@ -22,7 +22,7 @@ _CARRIED = (*schema.MANIFEST.names, "error_kind", "error_message")
 def score_columns(bundle: Bundle) -> list[str]:
     """Columns of the embeddings table that scoring with this bundle reads."""
     if bundle.has("scorer"):
-        features = (*Scorer(bundle.piece("scorer")).features, *AttributeHead.features)
+        features = (*Scorer(bundle.piece("scorer")).features, *AttributeHead(bundle.piece("attributes")).features)
     else:
         features = ZeroShot.features
     return [*_CARRIED, *dict.fromkeys(features)]
@@ -68,17 +68,15 @@ class Score:
 
     def _predict(self, features: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
         if self._scorer is not None and self._head is not None:
-            predicted, quality = self._scorer.predict(features)
-            attributes, scenes = self._head.predict(features["dinov2_embedding"])
-            mos = pa.array(predicted, pa.float32())
+            scored = self._scorer.predict(features)
+            attributes, scenes = self._head.predict(features)
         else:
             assert self._zero_shot is not None
             quality, attributes, scenes = self._zero_shot.predict(features["clip_embedding"])
-            mos = pa.nulls(len(quality), pa.float32())  # no training, no training scale
+            scored = Scored(None, quality)  # no training, no training scale
         names = np.asarray(schema.SCENES, dtype=object)[scenes.argmax(axis=1)]
         return {
-            "quality_score": pa.array(quality, pa.float32()),
-            "predicted_mos": mos,
+            **{name: pa.array(values, pa.float32()) for name, values in scored._asdict().items() if values is not None},
             **{f"attribute_{name}": pa.array(attributes[:, i]) for i, name in enumerate(schema.ATTRIBUTES)},
             "scene": pa.array(names, pa.string()),
             **{f"scene_{name}": pa.array(scenes[:, i]) for i, name in enumerate(schema.SCENES)},
