@@ -32,7 +32,7 @@ PIECES = ("clip", "dinov2", "scorer", "attributes", "zero_shot")
 #: Raise when a change of code changes what decode, crop, measure or encode give for the same bytes and weights.
 ENCODE_VERSION = 1
 #: Raise when a change of code changes scores for the same embeddings and models.
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 
 _PACKAGED = Path(__file__).parent / "bundles"
 

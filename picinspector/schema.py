@@ -106,6 +106,8 @@ SCORES = pa.schema(
     [
         *MANIFEST,
         _field("quality_score", pa.float32(), "perceived quality, 1 (bad) to 10 (excellent)"),
+        _field("quality_low", pa.float32(), "lower end of the interval that holds the label, 1-10; null without one"),
+        _field("quality_high", pa.float32(), "upper end of that interval, 1-10; null without one"),
         _field("predicted_mos", pa.float32(), "the scorer's estimate in its training scale"),
         _field("scorer_kind", pa.string(), "lightgbm, or zero_shot where the bundle has no trained scorer"),
         *[_field(f"attribute_{name}", pa.float32(), f"SPAQ {name}, 0-100, high is good") for name in ATTRIBUTES],

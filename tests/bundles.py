@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from picinspector import bundle
+from picinspector import bundle, scorer
+from picinspector.conformal import Intervals
 from training.attribute_head import AttributeHead, write_head
 
 TINY_CLIP: dict[str, Any] = {
@@ -66,15 +67,13 @@ def write_dinov2(folder: Path, config: dict[str, Any], resize_px: int, crop_px: 
 
 def write_scorer(folder: Path, features: dict[str, int], seed: int = 0) -> None:
     """A LightGBM model of random labels over these columns (name -> width)."""
-    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(400, sum(features.values())))
     labels = 1 / (1 + np.exp(-matrix[:, 0] - matrix[:, -1]))
     parameters = {"num_leaves": 7, "verbose": -1, "num_threads": 1, "seed": seed}
-    lightgbm.train(parameters, lightgbm.Dataset(matrix, labels), 20).save_model(folder / "model.txt")
-    spec = {"kind": "lightgbm", "features": list(features), "num_features": matrix.shape[1], "label_min": 0.0,
-            "label_max": 1.0, "model": "model.txt"}  # fmt: skip
-    (folder / "scorer.json").write_text(json.dumps(spec))
+    booster = lightgbm.train(parameters, lightgbm.Dataset(matrix, labels), 20)
+    intervals = Intervals(0.9, (0.5,), low=(-0.25, -0.125), high=(0.125, 0.25))
+    scorer.write_scorer(folder, booster, tuple(features), 0.0, 1.0, scaled=True, intervals=intervals)
 
 
 def write_attributes(folder: Path, features: dict[str, int], hidden_dim: int = 16, seed: int = 0) -> None:

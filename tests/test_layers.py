@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "xmp",
                 "degrade",
                 "metrics",
+                "conformal",
                 "recipe",
                 "ratings",
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,10 +80,47 @@ def test_the_scorer_gives_what_lightgbm_gives(tmp_path: Path) -> None:
     matrix = np.hstack([columns["clip_embedding"], columns["measured_sharpness"][:, None]]).astype(np.float64)
     reference = lightgbm.Booster(model_file=str(tmp_path / "model.txt")).predict(matrix)
     assert np.ptp(reference) > 0.2
-    predicted, quality = Scorer(tmp_path).predict(columns)
-    assert predicted.dtype == quality.dtype == np.float32
+    predicted, quality, low, high = Scorer(tmp_path).predict(columns)
+    assert predicted.dtype == quality.dtype == low.dtype == high.dtype == np.float32
     assert np.allclose(predicted, reference, atol=1e-6)
     assert np.allclose(quality, 1 + 9 * np.clip(reference, 0, 1), atol=1e-5)
+    # Its intervals: a quarter below and an eighth above up to 0.5, an eighth below and a quarter above from there on.
+    below = reference < 0.5
+    assert 5 < below.sum() < 45
+    assert np.allclose(low, 1 + 9 * np.clip(reference - np.where(below, 0.25, 0.125), 0, 1), atol=1e-5)
+    assert np.allclose(high, 1 + 9 * np.clip(reference + np.where(below, 0.125, 0.25), 0, 1), atol=1e-5)
+
+
+def test_a_scorer_speaks_the_scale_of_its_labels(tmp_path: Path) -> None:
+    """One model of unit labels, under a scale of 1-5, with and without an interval, and as what predicts the MOS."""
+    write_scorer(tmp_path, {"measured_sharpness": 1})
+    path, columns = tmp_path / "scorer.json", {"measured_sharpness": np.linspace(-2, 2, 30)}
+    spec = json.loads(path.read_text("utf-8"))
+    unit, quality, low, _ = Scorer(tmp_path).predict(columns)
+
+    path.write_text(json.dumps(spec | {"label_min": 1.0, "label_max": 5.0}))
+    scaled = Scorer(tmp_path).predict(columns)
+    assert np.allclose(scaled.predicted_mos, 1 + 4 * unit, atol=1e-5)
+    assert np.allclose(scaled.quality_score, quality, atol=1e-5)
+    assert np.allclose(scaled.quality_low, low, atol=1e-5)
+
+    del spec["interval"], spec["output"]  # what the first bundles were written as
+    path.write_text(json.dumps(spec | {"label_min": -1.0, "label_max": 1.0}))
+    plain = Scorer(tmp_path).predict(columns)
+    assert np.allclose(plain.predicted_mos, unit, atol=1e-6)
+    assert np.allclose(plain.quality_score, 1 + 9 * np.clip((unit + 1) / 2, 0, 1), atol=1e-5)
+    assert plain.quality_low is None and plain.quality_high is None
+
+
+def test_the_builtin_scorer_loads() -> None:
+    scorer = Scorer(open_bundle("builtin").piece("scorer"))
+    widths = {"clip_embedding": open_clip_width(open_bundle("builtin").piece("clip"))}
+    columns = {name: np.zeros((2, widths[name]) if name in widths else 2) for name in scorer.features}
+    assert np.isfinite(scorer.predict(columns).quality_score).all()
+
+
+def open_clip_width(folder: Path) -> int:
+    return int(json.loads((folder / "open_clip_config.json").read_text("utf-8"))["model_cfg"]["embed_dim"])
 
 
 def prompts(folder: Path) -> Path:
@@ -157,7 +195,7 @@ def has_values(table: pa.Table, names: list[str]) -> list[bool]:
 MEASURED = [*schema.MEASUREMENT_FIELDS.names, "width", "height", "format", "phash"]
 EMBEDDED = ["clip_embedding", "dinov2_embedding"]
 SCORED = [name for name in schema.SCORES.names if name.startswith(("attribute_", "scene")) or name == "quality_score"]
-SCORED += ["predicted_mos"]
+SCORED += ["predicted_mos", "quality_low", "quality_high"]
 
 
 @pytest.mark.parametrize("pattern", ["......", "x.....", ".....x", "..xx..", "x.x.x.", "xxxxxx", ".", "x", ""])
@@ -209,13 +247,15 @@ def test_scores_are_those_of_the_models(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in embedded.to_pylist() if row["error_kind"] is None]
     read = (*EMBEDDED, "measured_sharpness", "measured_noise")
     columns = {name: np.array([row[name] for row in rows], np.float32) for name in read}
-    predicted, quality = Scorer(folder / "scorer").predict(columns)
+    predicted, quality, low, high = Scorer(folder / "scorer").predict(columns)
     attributes, scenes = AttributeHead(folder / "attributes").predict(columns)
 
     # Only the columns that are asked for, as a rescore reads them.
     asked = score_columns(open_bundle(folder))
     assert set(asked) == {*schema.MANIFEST.names, *read, "error_kind", "error_message"}
     scored = [row for row in Score(str(folder))(embedded.select(asked)).to_pylist() if row["error_kind"] is None]
+    assert [row["quality_low"] for row in scored] == pytest.approx(low.tolist(), abs=1e-5)
+    assert [row["quality_high"] for row in scored] == pytest.approx(high.tolist(), abs=1e-5)
     for row, mos, score, attribute, scene in zip(scored, predicted, quality, attributes, scenes, strict=True):
         assert (row["predicted_mos"], row["quality_score"]) == pytest.approx((float(mos), float(score)), abs=1e-5)
         assert [row[f"attribute_{name}"] for name in schema.ATTRIBUTES] == pytest.approx(attribute.tolist(), abs=1e-3)
