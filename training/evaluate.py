@@ -71,7 +71,7 @@ class Judge:
 
     def score(self, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Predicted MOS (B,), attributes 0-100 (B, 6) and scene probabilities (B, 9) from embeddings."""
-        mos, _ = self.scorer.predict(columns)
+        mos = self.scorer.predict(columns).predicted_mos
         return mos, *self.attributes.predict(columns)
 
 
