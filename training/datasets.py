@@ -431,8 +431,8 @@ def main() -> None:
     parser.add_argument(
         "--no-split",
         action="store_true",
-        help="leave open what the official split leaves open (all of SPAQ, the validation of BIQ2021 and AVA): quicker, "
-        "as filling it in reads every photo",
+        help="leave open what the official split does (all of SPAQ, the validation of BIQ2021 and AVA): filling it in "
+        "reads every photo",
     )
     parser.add_argument("--seed", type=int, default=0, help="of that split")
     args = parser.parse_args()
