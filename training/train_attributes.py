@@ -1,0 +1,457 @@
+"""Train the multi-task head: six attributes and nine scenes, on stored embeddings or with DINOv2 end to end.
+
+    python -m training.train_attributes --labels labels.parquet --embeddings tables --out FOLDER
+    python -m training.train_attributes --labels labels.parquet --bundle builtin --finetune-blocks 2 --out FOLDER
+
+Labels: a CSV, Parquet or Excel table of `uri`, any of mos, brightness, colorfulness, contrast, noisiness, sharpness
+(0-100, high is good), `scene` (a name) or `scene_*` (shares), and, where there is one, `split` and `group`; cells may
+be empty. Runs on this machine, or where `ray job submit` sends it; there FOLDER must be one that every node sees.
+
+FOLDER gets `attributes/` and, after fine-tuning, `dinov2/`: pieces of a bundle; `metrics.json`, `card.md` and plots.
+The same command goes on where an earlier one was stopped; `progress.jsonl` has a line for each epoch done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from safetensors.torch import load_file, save_file
+
+from picinspector import runs
+from picinspector.attributes import AttributeHead, input_matrix
+from picinspector.bundle import open_bundle
+from picinspector.dinov2 import Dinov2Encoder
+from picinspector.errors import PicInspectorError, UsageError
+from picinspector.preprocess import dinov2_preprocess
+from picinspector.storage import StorageOptions
+from training import attribute_head as twin
+from training.attribute_data import (
+    HEAVY_TAILED,
+    MEASURED,
+    Targets,
+    assign_splits,
+    attach,
+    crop_pixels,
+    read_crops,
+    read_embeddings,
+    read_facts,
+    read_targets,
+    training_rows,
+)
+from training.attribute_loop import MODEL, PROGRESS, Plan, train_worker
+from training.attribute_report import figures_of, plot_confusion, plot_history, plot_scatter, write_card
+from training.datasets import SPLITS
+
+#: Photos of one read task, and crops of one encoder call.
+_BLOCK_ROWS, _ENCODE_ROWS = 64, 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to train; the command line's options under the same names.
+
+    Attributes:
+        labels, out: the table, and the folder to fill.
+        embeddings: a destination or Parquet folder; None with `bundle`.
+        bundle: name or folder of a bundle, or a transformers folder, whose DINOv2 is fine-tuned.
+        mos_scale: the labels' worst and best MOS.
+        features: the head's inputs. With `bundle`: `dinov2_embedding`, then any `measured_*`.
+    """
+
+    labels: Path
+    out: Path
+    embeddings: str | None = None
+    bundle: str | None = None
+    finetune_blocks: int = 0
+    mos_scale: tuple[float, float] = (0.0, 100.0)
+    features: tuple[str, ...] = ("dinov2_embedding", *MEASURED)
+    hidden_dim: int = 128
+    epochs: int = 30
+    batch_size: int = 256
+    lr: float = 3e-3
+    backbone_lr: float = 2e-5
+    weight_decay: float = 1e-3
+    dropout: float = 0.1
+    scene_share: float = twin.SCENE_SHARE
+    seed: int = 0
+    workers: int | None = None
+    bootstrap: int = 1000
+
+    @property
+    def log1p(self) -> tuple[str, ...]:
+        """The features that go in as logarithms."""
+        return tuple(name for name in self.features if name in HEAVY_TAILED)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Labels and inputs, matched.
+
+    Attributes:
+        rows: of the labels table (N,), those that can be used.
+        targets: their labels.
+        splits: their splits.
+        columns: what is stored of their features, name -> (N,) or (N, D).
+        left_out: labelled photos without embeddings, or unreadable.
+    """
+
+    rows: np.ndarray
+    targets: Targets
+    splits: np.ndarray
+    columns: dict[str, np.ndarray]
+    left_out: int
+
+
+def train(
+    settings: Settings, storage_options: Mapping[str, Any] | None = None, stop_after_epoch: int | None = None
+) -> dict[str, Any] | None:
+    """Train, or go on training, and write the pieces and the report.
+
+    Args:
+        stop_after_epoch: end after this many epochs, without a report; calling again goes on.
+
+    Returns:
+        the content of `metrics.json`; None where it stopped before.
+
+    Raises:
+        UsageError: labels, features or folders do not fit; the message names which.
+    """
+    backbone = _check(settings)
+    targets = read_targets(settings.labels, settings.mos_scale)
+    out = settings.out.absolute()
+    _claim(out, settings)
+    runs.connect()
+    options = StorageOptions(storage_options)
+    prepared = (
+        _from_photos(out, settings, targets, backbone, options)
+        if backbone
+        else _from_embeddings(settings, targets, storage_options)
+    )
+    stored = tuple(name for name in settings.features if name in prepared.columns)
+    inputs = (
+        input_matrix(prepared.columns, stored, settings.log1p)
+        if stored
+        else np.empty((len(prepared.rows), 0), np.float32)
+    )
+    table = training_rows(prepared.rows, prepared.targets, prepared.splits.tolist(), inputs)
+    plan = _plan(settings, backbone, inputs[prepared.splits == "train"], out, stop_after_epoch)
+    newest, best = _fit(settings, plan, table, out)
+    if stop_after_epoch is not None and stop_after_epoch < settings.epochs:
+        return None
+    _write_pieces(best, plan, settings, out)
+    columns = dict(prepared.columns)
+    if backbone:
+        columns["dinov2_embedding"] = _encode(out, prepared.rows)
+    return _report(out, settings, prepared, columns, _history(newest), _history(best)[-1]["epoch"])
+
+
+def _check(settings: Settings) -> Path | None:
+    """The backbone to fine-tune, or None; what contradicts itself is refused."""
+    if (settings.embeddings is None) == (settings.bundle is None):
+        raise UsageError("give either --embeddings or --bundle with --finetune-blocks")
+    if settings.bundle is None:
+        return None
+    if settings.finetune_blocks < 1:
+        raise UsageError(f"--finetune-blocks {settings.finetune_blocks}: expected 1 or more with --bundle")
+    wrong = [name for name in settings.features[1:] if name not in MEASURED]
+    if settings.features[:1] != ("dinov2_embedding",) or wrong:
+        raise UsageError(
+            f"--features {' '.join(settings.features)}: with --bundle it is dinov2_embedding, then any of "
+            f"{' '.join(MEASURED)}"
+        )
+    folder = Path(settings.bundle)
+    if not (folder / "preprocessor_config.json").is_file():
+        folder = open_bundle(settings.bundle).piece("dinov2")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if settings.finetune_blocks > config["num_hidden_layers"]:
+        raise UsageError(
+            f"--finetune-blocks {settings.finetune_blocks}: {folder} has {config['num_hidden_layers']} blocks"
+        )
+    return folder.absolute()
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Take a folder for these settings, or recognise the one that an earlier command took for the same."""
+    said = {
+        name: str(value) for name, value in dataclasses.asdict(settings).items() if name not in ("out", "bootstrap")
+    }
+    said["labels"] = hashlib.sha256(settings.labels.read_bytes()).hexdigest()
+    path = out / "settings.json"
+    if path.is_file():
+        known = json.loads(path.read_text("utf-8"))
+        other = next((name for name in said if said[name] != known.get(name)), None)
+        if other is not None:
+            raise UsageError(
+                f"{out} holds a training with another {other} ({known.get(other)}, now {said[other]}): "
+                "repeat its command to go on with it, or give another --out"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no training; give a new or an empty --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _from_embeddings(settings: Settings, targets: Targets, options: Mapping[str, Any] | None) -> Prepared:
+    assert settings.embeddings is not None
+    rows, columns, phash = read_embeddings(settings.embeddings, targets, settings.features, options)
+    kept = targets.take(rows)
+    splits = assign_splits(kept, phash, settings.embeddings, settings.seed)
+    return Prepared(rows, kept, np.array(splits), columns, len(targets.uris) - len(rows))
+
+
+def _from_photos(out: Path, settings: Settings, targets: Targets, backbone: Path, options: StorageOptions) -> Prepared:
+    """Cut every photo's crop once, into `out/crops`."""
+    folder = out / "crops"
+    if not folder.is_dir():
+        building = out / "crops.tmp"
+        shutil.rmtree(building, ignore_errors=True)
+        photos = pa.table({"row": pa.array(range(len(targets.uris)), pa.int64()), "uri": targets.uris})
+        blocks = [photos.slice(start, _BLOCK_ROWS) for start in range(0, photos.num_rows, _BLOCK_ROWS)]
+        ray.data.from_arrow(blocks).map_batches(
+            read_crops,
+            batch_format="pyarrow",
+            batch_size=_BLOCK_ROWS // 4,
+            fn_kwargs={"crop": dinov2_preprocess(backbone).crop, "options": options},
+        ).write_parquet(str(building))
+        building.rename(folder)
+    rows, columns, phash = read_facts(folder, targets)
+    kept = targets.take(rows)
+    splits = assign_splits(kept, phash, str(folder), settings.seed)
+    measured = {name: columns[name] for name in settings.features if name in columns}
+    return Prepared(rows, kept, np.array(splits), measured, len(targets.uris) - len(rows))
+
+
+def _plan(settings: Settings, backbone: Path | None, inputs: np.ndarray, out: Path, stop: int | None) -> Plan:
+    """The plan of the workers; the inputs' statistics are those of the train split."""
+    standardise = twin.Standardise(inputs.shape[1])
+    if inputs.shape[1]:
+        standardise.fit(inputs)
+    mean, scale = standardise.mean.numpy(), standardise.scale.numpy()
+    if backbone is not None:
+        width = int(json.loads((backbone / "config.json").read_text("utf-8"))["hidden_size"])
+        # The entries of an L2-normalised vector, whose statistics move while the backbone learns.
+        mean = np.concatenate([np.zeros(width, np.float32), mean])
+        scale = np.concatenate([np.full(width, width**-0.5, np.float32), scale])
+    shared = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
+    return Plan(
+        input_mean=mean,
+        input_scale=scale,
+        backbone=str(backbone) if backbone else None,
+        stop_after_epoch=stop,
+        progress=str(out / "progress.jsonl"),
+        **{name: getattr(settings, name) for name in shared},
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Path) -> tuple[Path, Path]:
+    """Run the workers; the folders of the newest checkpoint and of that with the least validation loss."""
+    parts = {name: table.filter(pa.compute.equal(table.column("split"), name)) for name in ("train", "validation")}
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = settings.workers or max(1, gpus)
+    if parts["train"].num_rows < workers:
+        raise UsageError(
+            f"--workers {workers}: there are {parts['train'].num_rows} photos to train on; use fewer workers"
+        )
+    if plan.backbone is None:
+        datasets = {name: ray.data.from_arrow(part) for name, part in parts.items()}
+    else:
+        crops = {name: ray.data.read_parquet(str(out / "crops"), columns=["row", "crop"]) for name in parts}
+        datasets = {
+            name: crops[name].map_batches(
+                attach, batch_format="pyarrow", batch_size=_BLOCK_ROWS, fn_args=(ray.put(part),)
+            )
+            for name, part in parts.items()
+        }
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
+        datasets=datasets,
+        # In order, so that a seed gives each worker the same photos again.
+        dataset_config=ray.train.DataConfig(
+            datasets_to_split=["train"], execution_options=ray.data.ExecutionOptions(preserve_order=True)
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=str(out),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+            ),
+        ),
+    )
+    result = trainer.fit()
+    best = result.get_best_checkpoint("validation_loss", "min")
+    return Path(result.checkpoint.path), Path(best.path)
+
+
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    """The lines of all epochs up to a checkpoint."""
+    history: list[dict[str, float]] = json.loads((checkpoint / PROGRESS).read_text("utf-8"))
+    return history
+
+
+def _write_pieces(checkpoint: Path, plan: Plan, settings: Settings, out: Path) -> None:
+    """Write `attributes/` and, where it learnt, `dinov2/`."""
+    tensors = load_file(checkpoint / MODEL)
+    head = twin.AttributeHead(len(plan.input_mean), plan.hidden_dim)
+    head.load_state_dict(
+        {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    )
+    twin.write_head(head, settings.features, settings.log1p, out / "attributes")
+    if plan.backbone is not None:
+        (out / "dinov2").mkdir(exist_ok=True)
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copyfile(Path(plan.backbone) / name, out / "dinov2" / name)
+        backbone = {
+            name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")
+        }
+        halves = {name: value.half().contiguous() for name, value in backbone.items()}
+        save_file(halves, out / "dinov2" / "model.safetensors", metadata={"format": "pt"})
+
+
+class EncodeCrops:
+    """The Ray Data stage that embeds crops with the fine-tuned model, as a run will."""
+
+    def __init__(self, folder: str) -> None:
+        self._encoder = Dinov2Encoder(folder)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`row`, `crop` to `row`, `embedding`; rows without a crop are left out."""
+        good = batch.filter(pa.compute.is_valid(batch.column("crop")))
+        embedding = np.empty((0, self._encoder.dim), np.float16)
+        if good.num_rows:
+            embedding = self._encoder.encode(crop_pixels(good.column("crop"), self._encoder.crop.crop_px))
+        flat = pa.array(embedding.reshape(-1), pa.float16())
+        vectors = pa.FixedSizeListArray.from_arrays(flat, self._encoder.dim)
+        return pa.table({"row": good.column("row"), "embedding": vectors})
+
+
+def _encode(out: Path, rows: np.ndarray) -> np.ndarray:
+    """The fine-tuned embeddings of these rows: float16 (N, D)."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    encoded = ray.data.read_parquet(str(out / "crops"), columns=["row", "crop"]).map_batches(
+        EncodeCrops,
+        fn_constructor_args=(str(out / "dinov2"),),
+        batch_format="pyarrow",
+        batch_size=_ENCODE_ROWS,
+        num_gpus=1 if gpus else 0,
+        compute=ray.data.ActorPoolStrategy(size=max(1, gpus)),
+    )
+    table = pa.concat_tables(encoded.iter_batches(batch_size=None, batch_format="pyarrow")).sort_by("row")
+    if table.column("row").to_pylist() != rows.tolist():
+        raise RuntimeError(f"{table.num_rows} crops were encoded for {len(rows)} photos")
+    vectors = table.column("embedding").combine_chunks()
+    return np.asarray(vectors.flatten().to_numpy(zero_copy_only=False)).reshape(len(rows), -1)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    out: Path,
+    settings: Settings,
+    prepared: Prepared,
+    columns: Mapping[str, np.ndarray],
+    history: list[dict[str, float]],
+    best_epoch: int,
+) -> dict[str, Any]:
+    """Measure the files that were written, on every split."""
+    predicted, probabilities = AttributeHead(out / "attributes").predict(columns)
+    labels, scenes = prepared.targets.attributes, prepared.targets.scenes
+    mine = {split: prepared.splits == split for split in SPLITS if split in prepared.splits}
+    figures = {
+        split: figures_of(predicted[rows], probabilities[rows], labels[rows], scenes[rows], settings.bootstrap)
+        for split, rows in mine.items()
+    }
+    counts = {split: int((prepared.splits == split).sum()) for split in SPLITS}
+    metrics = {
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(settings).items()
+        },
+        "features": settings.features,
+        "photos": counts | {"left_out": prepared.left_out},
+        "best_epoch": best_epoch,
+        "history": history,
+        "splits": figures,
+        "versions": {"torch": torch.__version__, "ray": ray.__version__},
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+    shown = "test" if "test" in mine else "validation"
+    for index, name in enumerate(twin.ATTRIBUTES):
+        rows = mine[shown] & ~np.isnan(labels[:, index])
+        if rows.any():
+            plot_scatter(predicted[rows, index], labels[rows, index], name, out / f"scatter_{name}.png")
+    if "scene" in figures[shown]:
+        plot_confusion(np.array(figures[shown]["scene"]["confusion"]), out / "scene_confusion.png")
+    plot_history(history, out / "history.png")
+    write_card(out / "card.md", metrics)
+    return metrics
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+    """The settings a command line asks for, and the options that are no settings of the training."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", type=Path, required=True, help="CSV, Parquet or Excel table")
+    parser.add_argument("--out", type=Path, required=True, help="new folder; on a cluster one that every node sees")
+    parser.add_argument("--embeddings", help="where `picinspector score` wrote, or Parquet: train the head on it")
+    parser.add_argument("--bundle", help="name or folder of a bundle, or a DINOv2 folder: train it end to end")
+    parser.add_argument("--finetune-blocks", type=int, default=0, help="how many of its last blocks learn")
+    parser.add_argument("--mos-scale", type=float, nargs=2, default=(0.0, 100.0), metavar=("WORST", "BEST"))
+    parser.add_argument("--features", nargs="+", default=defaults["features"], help="columns the head reads")
+    parser.add_argument("--workers", type=int, help="default: one a GPU, else one")
+    numbers = {"hidden-dim": int, "epochs": int, "batch-size": int, "lr": float, "backbone-lr": float}
+    numbers |= {"weight-decay": float, "dropout": float, "scene-share": float, "seed": int, "bootstrap": int}
+    for name, kind in numbers.items():
+        default = defaults[name.replace("-", "_")]
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
+    parser.add_argument("--storage-options", type=json.loads, help="JSON for fsspec")
+    parser.add_argument("--stop-after-epoch", type=int, help="stop early; the command without it goes on")
+    args = parser.parse_args(arguments)
+    values = {name: getattr(args, name) for name in defaults}
+    values |= {"mos_scale": tuple(args.mos_scale), "features": tuple(args.features)}
+    return Settings(**values), args
+
+
+def main() -> None:
+    """Parse the command line, train, and print the card."""
+    settings, args = parse()
+    try:
+        metrics = train(settings, args.storage_options, args.stop_after_epoch)
+    except PicInspectorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if metrics is None:
+        print(f"{settings.out}: stopped after epoch {args.stop_after_epoch} of {settings.epochs}", file=sys.stderr)
+    else:
+        print((settings.out / "card.md").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    main()
