@@ -20,6 +20,7 @@ from picinspector.attributes import AttributeHead
 from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
+from picinspector.tables import Destination
 from tests.bundles import TINY_DINOV2, write_dinov2
 from training import attribute_data as data
 from training.attribute_report import figures_of, scene_agreement
@@ -148,8 +149,44 @@ def test_stored_columns_are_matched_by_uri(tmp_path: Path) -> None:
     other = data.read_targets(write_csv(tmp_path / "l.csv", "uri,mos", "s3://d/a,10"))
     with pytest.raises(UsageError, match=r"none of the 1 labelled photos has embeddings in .*, s3://d/a for one"):
         data.read_embeddings(str(stored), other, features)
-    with pytest.raises(UsageError, match="no committed embeddings and no readable Parquet here"):
-        data.read_embeddings(str(tmp_path / "nowhere"), targets, features)
+    alone, _, _ = data.read_embeddings(str(stored / "part.parquet"), targets, features)
+    assert alone.tolist() == rows.tolist()
+    for nothing in (tmp_path / "nowhere", tmp_path / "l.csv"):
+        with pytest.raises(UsageError, match="no committed embeddings and no readable Parquet here"):
+            data.read_embeddings(str(nothing), targets, features)
+
+
+def test_of_a_destination_the_newest_rows_count(tmp_path: Path) -> None:
+    """Two committed runs and one that crashed; then one by another bundle."""
+    destination, targets = (
+        Destination(tmp_path / "tables"),
+        data.read_targets(write_csv(tmp_path / "l.csv", "uri,mos", "/b,40", "/a,30", "/gone,1")),
+    )
+
+    def write_run(run_id: str, uris: list[str], value: float, bundle: str = "x", commit: bool = True) -> None:
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.full(2 * len(uris), value, np.float16)), 2)
+        columns = {"uri": uris, "phash": pa.array([7] * len(uris), pa.uint64()), "dinov2_embedding": vectors}
+        columns |= {"clip_embedding": vectors, "encoder_fingerprint": [bundle] * len(uris)}
+        folder = Path(destination.table_path("embeddings", run_id))
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / "part.parquet")
+        if commit:
+            destination.commit({"run_id": run_id})
+
+    write_run("1", ["/a", "/b", "/c"], 1)
+    write_run("2", ["/b"], 2)
+    write_run("3", ["/a", "/b"], 3, commit=False)
+    rows, columns, phash = data.read_embeddings(str(tmp_path / "tables"), targets, ["dinov2_embedding"])
+    assert rows.tolist() == [0, 1]
+    assert columns["dinov2_embedding"].tolist() == [[2, 2], [1, 1]]
+    assert phash is not None and phash.tolist() == [7, 7]
+    with pytest.raises(UsageError, match="has no column 'measured_noise'; it has"):
+        data.read_embeddings(str(tmp_path / "tables"), targets, ["dinov2_embedding", "measured_noise"])
+    write_run("4", ["/c"], 4, bundle="y")  # nobody labelled it
+    assert data.read_embeddings(str(tmp_path / "tables"), targets, ["dinov2_embedding"])[0].tolist() == [0, 1]
+    write_run("5", ["/a"], 5, bundle="y")
+    with pytest.raises(UsageError, match="embeddings from more than one bundle: score them all with one"):
+        data.read_embeddings(str(tmp_path / "tables"), targets, ["dinov2_embedding"])
 
 
 def test_photos_without_a_split_need_hashes(tmp_path: Path) -> None:
@@ -306,6 +343,13 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     settings = toy(tmp_path)
     with pytest.raises(UsageError, match="is not empty and holds no training"):
         train(dataclasses.replace(settings, out=tmp_path))
+
+
+def test_a_mistake_in_the_data_leaves_no_folder_behind(local_ray: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(toy(tmp_path), features=("clip_embedding",))
+    with pytest.raises(UsageError, match="has no column 'clip_embedding'"):
+        train(settings)
+    assert not settings.out.exists()
 
 
 def test_the_command_says_errors_in_one_line(

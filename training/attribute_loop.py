@@ -174,9 +174,9 @@ def train_worker(config: dict[str, Plan]) -> None:
             optimizer.step()
             schedule.step()
             sums += len(rows) * torch.stack([regression, scene]).detach().cpu()
+        if not all(bool(value.isfinite().all()) for value in learning.values()):  # the same on all workers
+            raise FloatingPointError(f"weights that are not finite in epoch {epoch + 1}")
         train = (sums / len(shard)).tolist()
-        if not math.isfinite(sum(train)):
-            raise FloatingPointError(f"epoch {epoch + 1}: the loss is {train}; lower --lr or --backbone-lr")
         line = {"epoch": epoch + 1, "train_attributes": train[0], "train_scene": train[1]}
         if validation is None:
             ray.train.report({})  # the first worker speaks for all

@@ -59,6 +59,8 @@ from training.datasets import SPLITS
 
 #: Photos of one read task, and crops of one encoder call.
 _BLOCK_ROWS, _ENCODE_ROWS = 64, 32
+#: Says which training a folder holds.
+_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,14 @@ def train(
     backbone = _check(settings)
     targets = read_targets(settings.labels, settings.mos_scale)
     out = settings.out.absolute()
-    _claim(out, settings)
+    claim = _check_folder(out, settings)
     runs.connect()
-    options = StorageOptions(storage_options)
-    prepared = (
-        _from_photos(out, settings, targets, backbone, options)
-        if backbone
-        else _from_embeddings(settings, targets, storage_options)
-    )
+    if backbone is None:
+        prepared = _from_embeddings(settings, targets, storage_options)
+        _claim(out, claim)  # not before the data are known to fit: a mistake leaves no folder behind
+    else:
+        _claim(out, claim)
+        prepared = _from_photos(out, settings, targets, backbone, StorageOptions(storage_options))
     stored = tuple(name for name in settings.features if name in prepared.columns)
     inputs = (
         input_matrix(prepared.columns, stored, settings.log1p)
@@ -185,26 +187,28 @@ def _check(settings: Settings) -> Path | None:
     return folder.absolute()
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Take a folder for these settings, or recognise the one that an earlier command took for the same."""
+def _check_folder(out: Path, settings: Settings) -> dict[str, str]:
+    """What makes a training the same one; a folder that holds another, or other things, is refused."""
     said = {
         name: str(value) for name, value in dataclasses.asdict(settings).items() if name not in ("out", "bootstrap")
     }
     said["labels"] = hashlib.sha256(settings.labels.read_bytes()).hexdigest()
-    path = out / "settings.json"
-    if path.is_file():
-        known = json.loads(path.read_text("utf-8"))
+    if (out / _SETTINGS).is_file():
+        known = json.loads((out / _SETTINGS).read_text("utf-8"))
         other = next((name for name in said if said[name] != known.get(name)), None)
         if other is not None:
             raise UsageError(
                 f"{out} holds a training with another {other} ({known.get(other)}, now {said[other]}): "
                 "repeat its command to go on with it, or give another --out"
             )
-        return
-    if out.exists() and any(out.iterdir()):
+    elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no training; give a new or an empty --out")
+    return said
+
+
+def _claim(out: Path, said: Mapping[str, str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+    (out / _SETTINGS).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -301,7 +305,15 @@ def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Path) -> tuple[Pa
             ),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        if "FloatingPointError: " not in str(error):
+            raise
+        reason = str(error).split("FloatingPointError: ")[1].splitlines()[0]
+        raise UsageError(
+            f"the training diverged: {reason}; lower --lr or --backbone-lr, and give another --out"
+        ) from error
     best = result.get_best_checkpoint("validation_loss", "min")
     return Path(result.checkpoint.path), Path(best.path)
 
