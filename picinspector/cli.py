@@ -24,6 +24,8 @@ app = typer.Typer(
 )  # fmt: skip
 bundle_app = typer.Typer(no_args_is_help=True, help="The models of a run: show, verify, fetch.", rich_markup_mode=None)
 app.add_typer(bundle_app, name="bundle")
+train_app = typer.Typer(no_args_is_help=True, help="Models of your own.", rich_markup_mode=None)
+app.add_typer(train_app, name="train")
 
 Library = Annotated[str, typer.Argument(help="s3:// prefix, folder, photo, or a .parquet/.csv/.txt list of photos.")]
 Table = Annotated[str, typer.Argument(metavar="DEST", help="Where the tables are: s3:// prefix or folder.")]
@@ -250,6 +252,43 @@ def bundle_fetch(
     return 0
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@train_app.callback()
+def train_models() -> None:
+    """Models of your own."""  # a callback keeps `scorer` a command of its own while it is the only one
+
+
+@train_app.command("scorer")
+def train_scorer(
+    tables: Annotated[str, typer.Option(metavar="DEST", help="The tables of the library that was rated.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the new bundle goes.")],
+    ratings: Annotated[
+        str | None, typer.Option(metavar="CSV", help="Columns uri (or the end of one) and rating.")
+    ] = None,
+    use_xmp: Annotated[bool, typer.Option("--xmp", help="Take xmp:Rating of the photos and their sidecars.")] = False,
+    rating_range: Annotated[
+        tuple[float, float] | None, typer.Option("--range", help="Worst and best rating; default from the data.")
+    ] = None,
+    bundle: BundleRef = "builtin",
+    name: Annotated[str, typer.Option(help="Name of the new bundle.")] = "personal",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    as_json: Json = False,
+    storage_options: StorageOptions = None,
+) -> int:
+    """Train a scorer on your own ratings of scored photos, and write a bundle with it; reads no photo but for --xmp."""
+    from picinspector import ratings as learn
+
+    if (ratings is None) != use_xmp:
+        raise UsageError("give either --ratings CSV or --xmp")
+    report = learn.train(
+        tables, out, ratings, _bundle_path(bundle), rating_range, name, seed, _parse_options(storage_options)
+    )
+    print(json.dumps(report, indent=2) if as_json else _ratings_text(report))
+    return 0
+
+
 @app.command()
 def version() -> int:
     """Print the version."""
@@ -298,6 +337,24 @@ def _record_text(record: dict[str, Any]) -> str:
     if counts["failed_transient"]:
         lines.append(f"{counts['failed_transient']:,} failures may pass: run the same command again")
     lines.append(f"run {record['run_id']} committed to {record['destination']}")
+    return "\n".join(lines)
+
+
+def _ratings_text(report: dict[str, Any]) -> str:
+    low, high = report["srcc_low_high"]
+    lines = [f"{report['rated']:,} rated photos of {report['destination']}"]
+    if report["missing"]:
+        examples = ", ".join(_one_line(name) for name in report["missing_examples"])
+        lines.append(f"{report['missing']:,} ratings of photos that are not in these tables, left out: {examples}")
+    if report["unreadable"]:
+        lines.append(f"{report['unreadable']:,} photos could not be read for their rating")
+    lines += [
+        "agreement with the ratings (SRCC; 1 is the same order, 0 none)",
+        f"  {report['srcc']:>6}  the new scorer, cross-validated ({low} to {high}); from {report['method']}",
+        f"  {report['default_srcc']:>6}  the scorer of {report['default_bundle']}",
+        f"bundle {report['name']} {report['version']} in {_one_line(report['bundle'])}; to use it:",
+        f"picinspector rescore {report['destination']} --bundle {_one_line(report['bundle'])}",
+    ]
     return "\n".join(lines)
 
 

@@ -137,6 +137,10 @@ class Fit:
         """What the model gives, in the labels' scale."""
         return self.label_min + output * (self.label_max - self.label_min) if self.scaled else output
 
+    def from_mos(self, mos: np.ndarray) -> np.ndarray:
+        """What the model should give, for labels in their scale."""
+        return (mos - self.label_min) / (self.label_max - self.label_min) if self.scaled else mos
+
     def to_quality(self, mos: np.ndarray) -> np.ndarray:
         """Labels or predictions on 1-10."""
         return to_quality_score(mos, self.label_min, self.label_max)
@@ -210,6 +214,7 @@ def fit_with(
     recipe: Recipe,
     weights: np.ndarray | None,
     held_out: Callable[[Fit], tuple[np.ndarray, np.ndarray]] | None,
+    factors: Sequence[float] | None = None,
 ) -> Fit:
     """Fit by the recipe: once, or twice where errors guide.
 
@@ -217,9 +222,11 @@ def fit_with(
         train: trains a model.
         labels, weights: (N,), see `prepare`.
         recipe: which steps.
-        held_out: given a first fit, predictions and labels (M,) in the labels' scale of rows it was not trained on.
+        held_out: given a first fit, predictions and labels (M,) in the labels' scale of rows it was not trained on;
+            None fits once.
+        factors: (4,) of the first fit, where they are known from another.
     """
-    fitted = _fit_once(train, labels, recipe, weights, None)
+    fitted = _fit_once(train, labels, recipe, weights, factors)
     if not recipe.error_guided or held_out is None:
         return fitted
     predicted, truth = held_out(fitted)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import lightgbm
 import numpy as np
+import pyarrow as pa
 
 from picinspector.conformal import Intervals
 from picinspector.errors import BundleError
@@ -147,6 +148,14 @@ def write_scorer(
     if intervals is not None:
         spec["interval"] = intervals.to_json()
     (root / SPEC).write_text(json.dumps(spec, indent=2) + "\n", "utf-8")
+
+
+def to_array(column: pa.ChunkedArray) -> np.ndarray:
+    """A float column as (N,), a fixed-size list column without nulls as (N, D)."""
+    if not pa.types.is_fixed_size_list(column.type):
+        return np.asarray(column.to_numpy())
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat).reshape(len(column), column.type.list_size)
 
 
 def feature_matrix(columns: Mapping[str, np.ndarray], features: tuple[str, ...]) -> np.ndarray:

@@ -33,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "conformal",
                 "recipe",
                 "ratings",
+                "taste",
             ),
         }
     ),

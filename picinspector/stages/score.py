@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from picinspector import schema
 from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
-from picinspector.scorer import Scored, Scorer
+from picinspector.scorer import Scored, Scorer, to_array
 from picinspector.stages import Report
 from picinspector.zeroshot import ZeroShot
 
@@ -55,7 +55,7 @@ class Score:
         """Rows of the embeddings table (at least `score_columns`) to rows of `schema.SCORES`."""
         good = pc.is_null(embeddings.column("error_kind"))
         valid = embeddings.filter(good)
-        features = {name: _matrix(valid.column(name)) for name in self._columns if name not in _CARRIED}
+        features = {name: to_array(valid.column(name)) for name in self._columns if name not in _CARRIED}
         columns = {name: embeddings.column(name) for name in _CARRIED}
         if valid.num_rows:
             columns |= {name: _place(column, good) for name, column in self._predict(features).items()}
@@ -81,14 +81,6 @@ class Score:
             "scene": pa.array(names, pa.string()),
             **{f"scene_{name}": pa.array(scenes[:, i]) for i, name in enumerate(schema.SCENES)},
         }
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A float column as (N,), a fixed-size list column without nulls as (N, D)."""
-    if not pa.types.is_fixed_size_list(column.type):
-        return np.asarray(column.to_numpy())
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat).reshape(len(column), column.type.list_size)
 
 
 def _place(values: pa.Array, good: pa.ChunkedArray) -> pa.Array:
