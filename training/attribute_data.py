@@ -318,17 +318,13 @@ def training_rows(rows: np.ndarray, targets: Targets, splits: Sequence[str], inp
 
     Args:
         rows: of the labels (N,).
-        inputs: (N, F), the head's stored inputs.
+        inputs: (N, F), the head's stored inputs; no column where F is 0.
     """
-    return pa.table(
-        {
-            "row": pa.array(rows, pa.int64()),
-            "split": pa.array(splits, pa.string()),
-            "inputs": _vectors(inputs),
-            "attributes": _vectors(targets.attributes),
-            "scenes": _vectors(targets.scenes),
-        }
-    )
+    columns = {"row": pa.array(rows, pa.int64()), "split": pa.array(splits, pa.string())}
+    columns |= {"attributes": _vectors(targets.attributes), "scenes": _vectors(targets.scenes)}
+    if inputs.shape[1]:  # Arrow has no rows of nothing
+        columns["inputs"] = _vectors(inputs)
+    return pa.table(columns)
 
 
 def attach(crops: pa.Table, rows: pa.Table) -> pa.Table:

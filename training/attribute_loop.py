@@ -111,9 +111,14 @@ class Shard:
         batches = ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow")
         table = pa.concat_tables(batches)
         order = np.argsort(table.column("row").to_numpy(), kind="stable")
-        parts = [torch.from_numpy(vectors_of(table.column(part))[order]) for part in ("inputs", "attributes", "scenes")]
+        parts = {
+            name: torch.from_numpy(vectors_of(table.column(name))[order])
+            for name in ("inputs", "attributes", "scenes")
+            if name in table.column_names
+        }
         crops = crop_pixels(table.column("crop"), side_px)[order] if side_px is not None else None
-        return cls(*parts, crops)
+        inputs = parts.get("inputs", torch.empty(len(order), 0))
+        return cls(inputs, parts["attributes"], parts["scenes"], crops)
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -145,11 +145,9 @@ def train(
         _claim(out, claim)
         prepared = _from_photos(out, settings, targets, backbone, StorageOptions(storage_options))
     stored = tuple(name for name in settings.features if name in prepared.columns)
-    inputs = (
-        input_matrix(prepared.columns, stored, settings.log1p)
-        if stored
-        else np.empty((len(prepared.rows), 0), np.float32)
-    )
+    inputs = np.empty((len(prepared.rows), 0), np.float32)
+    if stored:
+        inputs = input_matrix(prepared.columns, stored, settings.log1p)
     table = training_rows(prepared.rows, prepared.targets, prepared.splits.tolist(), inputs)
     plan = _plan(settings, backbone, inputs[prepared.splits == "train"], out, stop_after_epoch)
     newest, best = _fit(settings, plan, table, out)
