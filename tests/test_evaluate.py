@@ -22,7 +22,7 @@ from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.stages import single
 from tests.bundles import tiny_bundle
-from training import baselines, evaluate, figures, ladders
+from training import baselines, evaluate, figures, ladders, precision
 from training.datasets import LabelledPhoto
 from training.figures import evaluate_scenes, read_scenes
 from training.judge import Judge, Judgement
@@ -241,6 +241,15 @@ def test_another_scorer_uses_the_embeddings_and_other_encoders_do_not(tiny: Path
     assert len(judge.judge(data).quality) == 3
 
 
+def test_precision_of_models_that_round_is_small_and_not_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coffee = cv2.resize(real_photos()["coffee"], (96, 64), interpolation=cv2.INTER_AREA)
+    monkeypatch.setattr(precision, "real_photos", lambda: {"coffee": coffee})
+    result = precision.evaluate_precision(open_bundle(tiny))
+    assert result["photos"] == 8
+    assert 0.0 < result["clip_embedding"]["median"] <= result["clip_embedding"]["max"] < 0.01  # type: ignore[index]
+    assert set(result) == {"photos", "clip_embedding", "dinov2_embedding", "quality_score", "attributes"}
+
+
 def _jpeg(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG")
@@ -402,15 +411,20 @@ def test_intervals_of_the_scorer_are_checked_and_shown(tiny: Path, tmp_path: Pat
         (("--near-duplicates", "nothing.json"), "nothing.json"),
         (("--baselines",), "--biq2021"),
         (("--labels", "nothing.csv"), "nothing.csv is missing"),
+        (("--labels", "bad.csv", "--ladder-photos", "0"), "bad.jpg"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
     tiny: Path,
     arguments: tuple[str, ...],
     complaint: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.csv").write_text("uri,mos\nbad.jpg,1\n")
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff no more")
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, capsys, "--bundle", tiny, *arguments)
     assert caught.value.code == 2

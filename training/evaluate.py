@@ -25,8 +25,9 @@ import numpy as np
 
 from jobs.demo import real_photos
 from picinspector.bundle import Bundle, open_bundle
-from picinspector.errors import PicInspectorError, UsageError
+from picinspector.errors import PhotoError, PicInspectorError, UsageError
 from picinspector.scorer import Scorer
+from picinspector.storage import fetch
 from training import ladders, report
 from training.datasets import SCALES, LabelledPhoto, read_biq2021, read_labels
 from training.figures import RESAMPLES, evaluate_labels, evaluate_scenes, label_quality, read_scenes
@@ -61,13 +62,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     judged, scale = None, (0.0, 1.0)
     if photos:
         scale = _scale(args, bundle)
-        judged = judge.judge(photo.path.read_bytes() for photo in photos)
+        judged = judge.judge_labelled(photos)
         result |= {"set": {"name": title, "photos": len(photos), "mos_range": list(scale)}}
         result |= evaluate_labels(judged, photos, scale, known, args.seed, args.resamples)
     result["degradations"] = ladders.climb(judge, _ladder_photos(args, photos, known), args.seed)
     if args.scenes is not None:
         rows = read_scenes(args.scenes, dataset or photos)
-        seen = judge.judge(photo.path.read_bytes() for photo, _ in rows)
+        seen = judge.judge_labelled([photo for photo, _ in rows])
         result["scene_labels"] = evaluate_scenes(seen.scenes, [scene for _, scene in rows], args.seed)
         result["scene_labels"]["train_photos"] = sum(photo.split == "train" for photo, _ in rows)
     if args.baselines:
@@ -126,10 +127,11 @@ def _ladder_photos(
     chosen = real_photos()
     fresh = [photo for photo in photos if photo.path.name.lower() not in known]
     for photo in _sample(fresh, args.ladder_photos, args.seed):
-        pixels = cv2.imread(str(photo.path), cv2.IMREAD_COLOR)
-        if pixels is None:
-            raise UsageError(f"{photo.path} cannot be read for the ladders; take it out of the labels")
-        chosen[photo.path.name] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        data = fetch([photo.uri])[0]
+        # In full and upright: `decode` would give the working image. OpenCV knows fewer formats; those are passed over.
+        pixels = None if isinstance(data, PhotoError) else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if pixels is not None:
+            chosen[photo.path.name] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return chosen
 
 

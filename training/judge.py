@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,13 @@ import torch
 from picinspector.bundle import Bundle
 from picinspector.clip import ClipEncoder
 from picinspector.dinov2 import Dinov2Encoder
+from picinspector.errors import PhotoError, UsageError
 from picinspector.measure import measure
 from picinspector.photo import decode
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.stages.score import Score
+from picinspector.storage import fetch
+from training.datasets import LabelledPhoto
 
 BATCH = 16
 
@@ -71,19 +74,31 @@ class Judge:
         self._known: dict[str, dict[str, np.ndarray]] = _read_rows(self._cache)
 
     def judge(self, photos: Iterable[bytes]) -> Judgement:
-        """Scores of encoded photos, one at least."""
-        return self.score(self.embed_all(photos))
+        """Scores of encoded photos, one at least.
 
-    def embed_all(self, photos: Iterable[bytes]) -> dict[str, np.ndarray]:
-        """`embed` of any number of photos, those left out that were seen before."""
+        Raises:
+            UsageError: one of them cannot be decoded.
+        """
+        return self.score(self.embed_all(enumerate(photos, 1)))
+
+    def judge_labelled(self, photos: Sequence[LabelledPhoto]) -> Judgement:
+        """Scores of labelled photos, wherever they are.
+
+        Raises:
+            UsageError: one of them cannot be read; the message names it.
+        """
+        return self.score(self.embed_all(_read(photos)))
+
+    def embed_all(self, photos: Iterable[tuple[object, bytes]]) -> dict[str, np.ndarray]:
+        """`embed` of any number of (name, encoded photo), those left out that were seen before."""
         keys: list[str] = []
-        waiting: dict[str, bytes] = {}
+        waiting: dict[str, tuple[object, bytes]] = {}
         before = len(self._known)
         try:
-            for data in photos:
+            for name, data in photos:
                 keys.append(hashlib.sha256(data).hexdigest())
                 if keys[-1] not in self._known:
-                    waiting[keys[-1]] = data
+                    waiting[keys[-1]] = (name, data)
                 if len(waiting) == BATCH:
                     self._remember(waiting)
             self._remember(waiting)
@@ -127,12 +142,34 @@ class Judge:
             scenes=np.stack([column(f"scene_{name}") for name in SCENES], axis=1),
         )
 
-    def _remember(self, waiting: dict[str, bytes]) -> None:
-        if waiting:
-            columns = self.embed(list(waiting.values()))
-            for row, key in enumerate(waiting):
-                self._known[key] = {name: values[row] for name, values in columns.items()}
-            waiting.clear()
+    def _remember(self, waiting: dict[str, tuple[object, bytes]]) -> None:
+        if not waiting:
+            return
+        try:
+            columns = self.embed([data for _, data in waiting.values()])
+        except PhotoError as error:
+            raise UsageError(f"{_culprit(waiting.values())}: {error.message}; take it out of the labels") from error
+        for row, key in enumerate(waiting):
+            self._known[key] = {name: values[row] for name, values in columns.items()}
+        waiting.clear()
+
+
+def _read(photos: Sequence[LabelledPhoto]) -> Iterator[tuple[str, bytes]]:
+    for start in range(0, len(photos), BATCH):
+        uris = [photo.uri for photo in photos[start : start + BATCH]]
+        for uri, data in zip(uris, fetch(uris), strict=True):
+            if isinstance(data, PhotoError):
+                raise UsageError(f"{uri}: {data.message}; take it out of the labels")
+            yield uri, data
+
+
+def _culprit(photos: Iterable[tuple[object, bytes]]) -> object:
+    for name, data in photos:
+        try:
+            decode(data, [])
+        except PhotoError:
+            return name
+    return "a photo"
 
 
 def _to_arrow(columns: Mapping[str, np.ndarray]) -> pa.Table:
