@@ -281,9 +281,7 @@ def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Path) -> tuple[Pa
     else:
         crops = {name: ray.data.read_parquet(str(out / "crops"), columns=["row", "crop"]) for name in parts}
         datasets = {
-            name: crops[name].map_batches(
-                attach, batch_format="pyarrow", batch_size=_BLOCK_ROWS, fn_args=(ray.put(part),)
-            )
+            name: crops[name].map_batches(attach, batch_format="pyarrow", batch_size=_BLOCK_ROWS, fn_args=(part,))
             for name, part in parts.items()
         }
     trainer = ray.train.torch.TorchTrainer(
