@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from picinspector.device import pick_device, pick_dtype, to_embeddings, to_input
 from picinspector.errors import BundleError
+from picinspector.fold import fold_batch_norm
 from picinspector.preprocess import clip_preprocess
 
 
@@ -43,7 +44,8 @@ class ClipEncoder:
         self.crop = self._preprocess.crop
         model = _load(folder)
         self.dim = int(open_clip.get_model_config(_local_dir(folder))["embed_dim"])
-        self._tower = cast(torch.nn.Module, model.visual).to(self.device, self.dtype).eval()
+        tower = fold_batch_norm(cast(torch.nn.Module, model.visual).eval())
+        self._tower = _to(tower, self.device, self.dtype)
 
     @torch.inference_mode()
     def encode(self, crops: np.ndarray) -> np.ndarray:
@@ -59,6 +61,16 @@ def encode_texts(folder: str | os.PathLike[str], texts: Sequence[str]) -> np.nda
     tokens = open_clip.get_tokenizer(_local_dir(folder))(list(texts))
     features: torch.Tensor = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
     return np.asarray(features.float().numpy())
+
+
+def _to(tower: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The tower on a device, in a precision, convolutions channels-last; modules that say so stay in float32."""
+    exact = {name: part for name, part in tower.named_modules() if getattr(part, "keep_float32", False)}
+    kept = {name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in exact.items()}
+    tower = tower.to(device, dtype).to(memory_format=torch.channels_last)
+    for name, part in exact.items():
+        part.float().load_state_dict(kept[name])
+    return tower
 
 
 def _local_dir(folder: str | os.PathLike[str]) -> str:

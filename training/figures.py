@@ -14,9 +14,8 @@ from picinspector.errors import UsageError
 from picinspector.metrics import BINS, agreement, bin_of, bootstrap, per_bin
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.scorer import to_quality_score
-from training.datasets import RATED, LabelledPhoto
+from training.datasets import RATED, SPAQ_SCALE, LabelledPhoto
 from training.judge import Judgement
-from training.labels import SPAQ_MEAN, SPAQ_SD
 from training.sheets import Sheet
 
 #: Of each bootstrap.
@@ -113,8 +112,8 @@ def attribute_scale(attributes: np.ndarray) -> dict[str, dict[str, float]]:
         name: {
             "mean": float(attributes[:, index].mean()),
             "sd": float(attributes[:, index].std(ddof=1)) if len(attributes) > 1 else math.nan,
-            "spaq_mean": float(SPAQ_MEAN[index]),
-            "spaq_sd": float(SPAQ_SD[index]),
+            "spaq_mean": SPAQ_SCALE[name][0],
+            "spaq_sd": SPAQ_SCALE[name][1],
         }
         for index, name in enumerate(ATTRIBUTES)
     }

@@ -19,23 +19,30 @@ class Workers:
     """A group of processes that train together."""
 
     def __init__(self, data: Labelled, count: int, cpus: int, storage: str | None) -> None:
-        """Plan for `count` processes of `cpus` cores each; `storage` is where Ray Train keeps its state."""
+        """Plan for `count` processes of `cpus` cores each; 0 trains in this one.
+
+        `storage` is where Ray Train keeps its state.
+        """
         self._data, self._count, self._cpus = data, count, cpus
         self._storage = storage
         # Every worker watches all validation rows: on a part each, they would stop after different rounds.
-        self._validation = ray.put((data.matrix("validation"), data.labels[data.rows("validation")]))
+        self._validation = (data.matrix("validation"), data.labels[data.rows("validation")])
 
     def boost(self, splits: tuple[str, ...], rows: Rows, recipe: Recipe) -> lightgbm.Booster:
         """One model from the photos of these splits, in the order of `Labelled.rows`.
 
         The same data, recipe and number of workers give the same model.
         """
+        if not self._count:
+            matrix = self._data.matrix(*splits)
+            booster = boost(matrix, rows, recipe, self._validation, {"num_threads": self._cpus})
+            return lightgbm.Booster(model_str=booster.model_to_string())
         trainer = ray.train.lightgbm.LightGBMTrainer(
             _train_on_worker,
             train_loop_config={
                 "numbers": ray.put(self._data.rows(*splits)),
                 "rows": ray.put(asdict(rows)),
-                "validation": self._validation,
+                "validation": ray.put(self._validation),
                 "recipe": asdict(recipe),
                 "threads": self._cpus,
             },

@@ -64,7 +64,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seeds", type=int, default=1, help="train this often, with --seed and the next; the first is kept"
     )
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--workers", type=int, default=1, help="processes that train one model together")
+    run.add_argument(
+        "--workers", type=int, default=1, help="processes that train one model together; 0 trains in this one"
+    )
     run.add_argument("--cpus-per-worker", type=int, default=1)
     run.add_argument("--ray-storage", help="folder or URL that all nodes of a cluster see, for Ray's own files")
     run.add_argument("--address", help="Ray cluster; default RAY_ADDRESS, else Ray on this machine")

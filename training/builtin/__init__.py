@@ -1,0 +1,1 @@
+"""How the builtin bundle is made: `python -m training.train_builtin`."""
