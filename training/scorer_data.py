@@ -117,10 +117,11 @@ def load(
         .materialize()
     )
     batches = joined.iter_batches(batch_size=None, batch_format="pyarrow")
-    found = pa.concat_tables([batch.select(["row", "phash"]) for batch in batches]).sort_by("row")
-    rows = found.column("row").to_numpy()
-    if not len(rows):
+    parts = [batch.select(["row", "phash"]) for batch in batches if batch.num_rows]
+    if not parts:
         raise UsageError(f"{labels}: none of its {table.num_rows} photos is in {embeddings}; do the uris agree?")
+    found = pa.concat_tables(parts).sort_by("row")
+    rows = found.column("row").to_numpy()
     if len(np.unique(rows)) != len(rows):
         twice = table.column("uri")[int(rows[:-1][np.diff(rows) == 0][0])].as_py()
         raise UsageError(f"{embeddings} has several rows of {twice}; give the folder of one run, or the destination")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,8 @@ import ray.train.lightgbm
 
 from picinspector.recipe import Recipe, Rows, boost
 from training.scorer_data import Labelled, gather
+
+_NETWORK = re.compile(r"^\[(?:machines|local_listen_port|num_machines): .*\]\n", re.MULTILINE)
 
 
 class Workers:
@@ -68,4 +71,5 @@ def _train_on_worker(config: dict[str, Any]) -> str:
     together = {"tree_learner": "data", "pre_partition": True, **ray.train.lightgbm.get_network_params()}
     params = {"num_threads": config["threads"], **(together if world > 1 else {})}
     booster = boost(matrix, own, Recipe(**config["recipe"]), ray.get(config["validation"]), params)
-    return str(booster.model_to_string())
+    # LightGBM writes addresses and ports of the workers into the model: nobody's business, and never the same.
+    return _NETWORK.sub("", booster.model_to_string())

@@ -105,6 +105,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     recipe = recipe_of(args)
+    storage = args.ray_storage or str((args.out / "ray").absolute())
     runs.connect(args.address)
     data = load(args.embeddings, args.labels, args.features, args.storage_options, args.seed)
     print(data.summary, flush=True)
@@ -117,10 +118,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     trials: list[dict[str, Any]] = []
     if args.trials:
-        recipe, trials = search(data, recipe, args.trials, args.search_minutes, args.search_rows, args.ray_storage)
+        recipe, trials = search(data, recipe, args.trials, args.search_minutes, args.search_rows, storage)
         print(f"search: {len(trials)} trials, best {trials[0]['objective']:.4f} with {dict(recipe.params)}", flush=True)
 
-    workers = Workers(data, args.workers, args.cpus_per_worker, args.ray_storage)
+    workers = Workers(data, args.workers, args.cpus_per_worker, storage)
     fitted = fit(data, workers, recipe)
     held_out = {split: fitted.predict(data.matrix(split)) for split in ("validation", "calibration")}
     intervals = _calibrated(fitted, held_out["calibration"], data.labels[data.rows("calibration")], args.coverage)
