@@ -299,6 +299,7 @@ def test_dinov2_is_fine_tuned_from_photos(local_ray: None, quick_end: None, tmp_
     assert len(metrics["history"]) == 6
     assert metrics["splits"]["test"]["attributes"]["brightness"]["srcc"] > 0.8
     assert "scene" not in metrics["splits"]["test"]
+    assert str(tmp_path) not in (settings.out / "metrics.json").read_text() + (settings.out / "card.md").read_text()
 
     before, after = (_tensors(folder) for folder in (tmp_path / "backbone", settings.out / "dinov2"))
     changed = {name for name in before if not np.allclose(before[name], after[name], atol=1e-3)}

@@ -200,7 +200,7 @@ def _read_stored(
 ) -> pa.Table:
     """Rows of these photos: `uri`, the features and, where there is one, `phash`."""
     destination = Destination(source, options)
-    if destination.has("embeddings"):
+    if not destination.filesystem.isfile(destination.root) and destination.has("embeddings"):
         return _read_destination(destination, features, uris)
     try:
         dataset = pa.dataset.dataset(destination.root, filesystem=destination.filesystem, format="parquet")

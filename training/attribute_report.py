@@ -111,9 +111,10 @@ def write_card(path: Path, metrics: Mapping[str, Any]) -> None:
     head = (
         f"a head of {settings['hidden_dim']} hidden units on {', '.join(f'`{name}`' for name in metrics['features'])}"
     )
-    trained, left_out = head, f"; {counts['left_out']} labelled photos could not be used" if counts["left_out"] else ""
+    trained, left_out = head, f"; {counts['left_out']} labelled ones could not be used" if counts["left_out"] else ""
     if settings["finetune_blocks"]:
-        trained = f"the last {settings['finetune_blocks']} blocks of `{settings['bundle']}`'s DINOv2, and {head}"
+        blocks = "block" if settings["finetune_blocks"] == 1 else f"{settings['finetune_blocks']} blocks"
+        trained = f"the last {blocks} of the DINOv2 of `{settings['bundle']}`, and {head}"
     lines = [
         "# Attribute head",
         "",

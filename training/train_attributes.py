@@ -30,14 +30,14 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from picinspector import runs
 from picinspector.attributes import AttributeHead, input_matrix
 from picinspector.bundle import open_bundle
 from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import PicInspectorError, UsageError
-from picinspector.preprocess import dinov2_preprocess
+from picinspector.preprocess import DINOV2_CONFIG, dinov2_preprocess
 from picinspector.storage import StorageOptions
 from training import attribute_head as twin
 from training.attribute_data import (
@@ -53,7 +53,7 @@ from training.attribute_data import (
     read_targets,
     training_rows,
 )
-from training.attribute_loop import MODEL, PROGRESS, Plan, train_worker
+from training.attribute_loop import MODEL, PROGRESS, Plan, load_backbone, train_worker
 from training.attribute_report import figures_of, plot_confusion, plot_history, plot_scatter, write_card
 from training.datasets import SPLITS
 
@@ -175,7 +175,7 @@ def _check(settings: Settings) -> Path | None:
             f"{' '.join(MEASURED)}"
         )
     folder = Path(settings.bundle)
-    if not (folder / "preprocessor_config.json").is_file():
+    if not (folder / DINOV2_CONFIG).is_file():
         folder = open_bundle(settings.bundle).piece("dinov2")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     if settings.finetune_blocks > config["num_hidden_layers"]:
@@ -329,14 +329,12 @@ def _write_pieces(checkpoint: Path, plan: Plan, settings: Settings, out: Path) -
     )
     twin.write_head(head, settings.features, settings.log1p, out / "attributes")
     if plan.backbone is not None:
-        (out / "dinov2").mkdir(exist_ok=True)
-        for name in ("config.json", "preprocessor_config.json"):
-            shutil.copyfile(Path(plan.backbone) / name, out / "dinov2" / name)
-        backbone = {
-            name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")
-        }
-        halves = {name: value.half().contiguous() for name, value in backbone.items()}
-        save_file(halves, out / "dinov2" / "model.safetensors", metadata={"format": "pt"})
+        model = load_backbone(plan.backbone, plan.finetune_blocks)
+        prefix = "backbone."
+        model.load_state_dict({name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
+        # Not the state_dict: transformers publishes its tensors under other names than it uses inside.
+        model.half().save_pretrained(out / "dinov2")
+        shutil.copyfile(Path(plan.backbone) / DINOV2_CONFIG, out / "dinov2" / DINOV2_CONFIG)
 
 
 class EncodeCrops:
@@ -395,10 +393,7 @@ def _report(
     }
     counts = {split: int((prepared.splits == split).sum()) for split in SPLITS}
     metrics = {
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(settings).items()
-        },
+        "settings": _public(settings),
         "features": settings.features,
         "photos": counts | {"left_out": prepared.left_out},
         "best_epoch": best_epoch,
@@ -417,6 +412,13 @@ def _report(
     plot_history(history, out / "history.png")
     write_card(out / "card.md", metrics)
     return metrics
+
+
+def _public(settings: Settings) -> dict[str, Any]:
+    """The settings for a report that others read: of files and folders their names only, not where they lie here."""
+    values = dataclasses.asdict(settings)
+    places = ("labels", "out", "embeddings", "bundle")
+    return values | {name: Path(values[name]).name for name in places if values[name] is not None}
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
