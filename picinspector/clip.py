@@ -16,6 +16,7 @@ import open_clip
 import torch
 from safetensors import SafetensorError
 
+import picinspector.towers  # noqa: F401  open_clip finds the builtin tower once timm knows it
 from picinspector.device import pick_device, pick_dtype, to_embeddings, to_input
 from picinspector.errors import BundleError
 from picinspector.fold import fold_batch_norm
