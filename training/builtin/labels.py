@@ -9,6 +9,7 @@ import numpy as np
 
 from picinspector.degrade import DEGRADATIONS
 from picinspector.schema import ATTRIBUTES, MEASUREMENTS
+from training.datasets import SPAQ_SCALE
 
 KINDS = tuple(DEGRADATIONS)
 
@@ -23,9 +24,8 @@ MOS_LOSS = {
     "desaturate": 0.30,
 }
 
-#: SPAQ's mean and standard deviation per attribute (11,125 photos), and its SRCC with MOS (Fang et al. 2020, MOS.xlsx).
-SPAQ_MEAN = np.array([50.3, 56.0, 60.5, 57.3, 53.0, 47.0])
-SPAQ_SD = np.array([20.9, 16.8, 15.3, 16.2, 18.4, 24.2])
+#: Per attribute: SPAQ's mean and standard deviation, and its SRCC with MOS (Fang et al. 2020, MOS.xlsx).
+SPAQ_MEAN, SPAQ_SD = np.array([SPAQ_SCALE[name] for name in ATTRIBUTES]).T
 SPAQ_SRCC_WITH_MOS = np.array([1.0, 0.78, 0.84, 0.87, 0.89, 0.96])
 
 #: Points (of 100) an attribute loses at severity 1. Rows: `KINDS`; columns: `ATTRIBUTES`
