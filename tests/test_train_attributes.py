@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray.train.v2.api import data_parallel_trainer as trainer
+from safetensors.torch import save_file as save_torch
 
 from picinspector.attributes import AttributeHead
 from picinspector.dinov2 import Dinov2Encoder
@@ -23,8 +24,9 @@ from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.tables import Destination
 from tests.bundles import TINY_DINOV2, write_dinov2
 from training import attribute_data as data
+from training.attribute_loop import MODEL, Network
 from training.attribute_report import figures_of, scene_agreement
-from training.train_attributes import Settings, main, parse, train
+from training.train_attributes import Settings, _plan, _write_pieces, main, parse, train
 
 NAN = math.nan
 
@@ -317,6 +319,26 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def test_a_fine_tuned_model_is_written_under_the_published_names(tmp_path: Path) -> None:
+    """transformers names tensors otherwise inside than in its files; another version reads the files only."""
+    write_dinov2(tmp_path / "backbone", TINY_DINOV2, resize_px=64, crop_px=56)
+    settings = Settings(labels=tmp_path, out=tmp_path, bundle="b", finetune_blocks=1, features=("dinov2_embedding",))
+    plan = _plan(settings, tmp_path / "backbone", np.empty((5, 0), np.float32), tmp_path, None)
+    network = Network(plan)
+    learning = {name for name, value in network.named_parameters() if value.requires_grad}
+    save_torch({name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / MODEL)
+    _write_pieces(tmp_path, plan, settings, tmp_path / "out")
+    before, after = (_tensors(folder) for folder in (tmp_path / "backbone", tmp_path / "out" / "dinov2"))
+    assert before.keys() == after.keys()
+    assert all(np.allclose(value, after[name], atol=1e-3) for name, value in before.items())
+    assert {value.dtype for value in after.values()} == {np.dtype(np.float16)}
+    crops = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), np.uint8)
+    one, two = (Dinov2Encoder(tmp_path / folder).encode(crops) for folder in ("backbone", "out/dinov2"))
+    assert (one.astype(np.float64) * two).sum(axis=1) == pytest.approx(1, abs=2e-3)
+    backbone = {name for name in learning if name.startswith("backbone.")}
+    assert backbone and all(name.startswith(("backbone.encoder.layer.1.", "backbone.layernorm.")) for name in backbone)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
