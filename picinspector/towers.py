@@ -3,8 +3,8 @@
 EfficientNet-lite0 looked at in all its stages. The mean and the standard deviation of every channel of every stage say
 what a photo shows and in what state (Gatys et al. 2016 call such statistics style; perceptual distances live there,
 Zhang et al. 2018). Two projections of them are the embedding, joined by one coordinate: the quality that a Gaussian
-process regression (Rasmussen & Williams 2006, 2.2; subset of regressors, 8.3.1) reads off them. Fitted by
-`training/tower.py`; open_clip folders name it as `timm_model_name`.
+process regression (Rasmussen & Williams 2006, 2.2) reads off them. Fitted by `training/builtin/tower.py`; open_clip
+folders name it as `timm_model_name`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "picinspector_lite0"
 STAGE_CHANNELS = (16, 24, 40, 80, 112, 192, 320, 1280)
 STATISTICS = 2 * sum(STAGE_CHANNELS)
 #: Width of the two projections, and the number of photos that the regression remembers.
-QUALITY_DIM, CONTENT_DIM, SUPPORT = 447, 320, 6000
+QUALITY_DIM, CONTENT_DIM, SUPPORT = 447, 320, 14_900
 EMBED_DIM = QUALITY_DIM + CONTENT_DIM + 1
 #: Length of one standard deviation of predicted quality, where both projections have length 1: far above the
 #: rounding of float16, and small enough to leave distances to the projections.
@@ -52,8 +52,8 @@ class QualityHead(nn.Module):
         mean, scale: (4128,) standardise the statistics.
         quality: (447, 4128), to the space in which the kernel's distance is the Euclidean one.
         content: (320, 4128), principal components of the last stages.
-        support: (6000, 447) photos in the quality space.
-        weights: (6000,) of the kernel regression; its output has mean 0 and standard deviation 1 over photos.
+        support: (14900, 447) photos in the quality space.
+        weights: (14900,) of the kernel regression; its output has mean 0 and standard deviation 1 over photos.
     """
 
     mean: torch.Tensor

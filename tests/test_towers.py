@@ -88,17 +88,22 @@ def test_the_tower_has_no_other_width_and_no_weights_to_fetch(wanted: dict[str, 
         timm.create_model(towers.NAME, **wanted)
 
 
-def test_regression_on_all_photos_is_the_exact_gaussian_process() -> None:
+def test_the_regression_is_a_gaussian_process_and_never_sees_a_group_of_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 3, generator=generator), torch.randn(40, generator=generator)
     weights = torch.ones(40)
     weights[::2] = 0.5
-    rows = np.arange(40)
-    found = tower._Regression(x, y, weights, 0.3).solve(rows, rows)
-    gram = towers.kernel(x, x)
+    regression, rows = tower._Regression(x, y, weights, 0.3), np.arange(40)
     # A label of half the weight is one of twice the noise variance.
-    exact = torch.linalg.solve(gram + torch.diag(0.3 / weights), y)
-    torch.testing.assert_close(gram @ found, gram @ exact, atol=2e-3, rtol=1e-3)
+    exact = torch.linalg.solve(towers.kernel(x, x) + torch.diag(0.3 / weights), y)
+    torch.testing.assert_close(regression.solve(rows), exact, atol=1e-4, rtol=1e-4)
+    groups = rows // 2
+    predicted = regression.out_of_fold(rows, groups, seed=0)
+    changed = y.clone()
+    changed[:2] += 100.0  # the labels of one group
+    again = tower._Regression(x, changed, weights, 0.3).out_of_fold(rows, groups, seed=0)
+    torch.testing.assert_close(again[:2], predicted[:2])
+    assert (again[2:] - predicted[2:]).abs().max() > 1.0
 
 
 def test_content_groups_join_takes_of_one_scene_and_leave_test_photos_alone() -> None:

@@ -40,6 +40,7 @@ _SPREAD_WEIGHT = 0.1
 _VALIDATION_FOLDS = 8
 #: What the validation photos chose, of the recipe and LightGBM's parameters.
 _RECIPE: tuple[str, ...] = (
+    "--no-error-guided",
     "--param",
     "num_leaves=15",
     "learning_rate=0.03",
@@ -81,17 +82,17 @@ def main() -> None:
 
 
 def fit_tower(cache: Path, wheel: Path, folder: Path, seed: int) -> None:
-    """Write the open_clip folder, and to the cache what it gives: `clip.npy`, `groups.npy`, `mos.npy` (out of fold)."""
+    """Write the open_clip folder; to the cache `clip.npy` (embeddings, out of fold), `groups.npy`, `mos.npy`."""
     rows = Rows.load(cache)
     statistics = np.asarray(read(cache, "statistics"))
     groups = tower.content_groups(statistics, rows.original, rows.test)
     mos = labels.degraded_mos(rows.mos, rows.kind, rows.severity)
     weights = np.where(rows.kind >= 0, _DEGRADED_WEIGHT, 1.0)
-    fitted = tower.fit(statistics, mos, weights, groups, np.flatnonzero(~rows.test), seed)
+    fitted = tower.fit(statistics, mos, weights, rows.original, groups, np.flatnonzero(~rows.test), seed)
     tower.write_clip_folder(fitted.head, wheel, folder)
     unit = fitted.embedding / np.linalg.norm(fitted.embedding, axis=1, keepdims=True)
     np.save(cache / "clip.npy", unit.astype(np.float16))
-    np.save(cache / "mos.npy", fitted.out_of_fold_mos)
+    np.save(cache / "mos.npy", fitted.unseen_mos)
     np.save(cache / "groups.npy", groups)
 
 
@@ -176,7 +177,21 @@ def fit_scorer(cache: Path, folder: Path, seed: int, seeds: int, trials: int) ->
     }
     pq.write_table(pa.table(labelled), work / "labels.parquet")
     arguments = ["--embeddings", work / "embeddings.parquet", "--labels", work / "labels.parquet", "--out", work]
-    arguments += ["--label-range", 0, 1, "--refit", "--ablate", "--seed", seed, "--seeds", seeds, "--trials", trials]
+    arguments += [
+        "--workers",
+        0,
+        "--label-range",
+        0,
+        1,
+        "--refit",
+        "--ablate",
+        "--seed",
+        seed,
+        "--seeds",
+        seeds,
+        "--trials",
+        trials,
+    ]
     train_scorer.train(train_scorer.parse([str(argument) for argument in [*arguments, *_RECIPE]]))
     shutil.copytree(work / "scorer", folder, dirs_exist_ok=True)
 

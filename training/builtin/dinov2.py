@@ -28,6 +28,13 @@ from training.builtin.lite0 import PREPROCESS, SIDE_PX
 #: 64 large patches: noise and slight blur are in their pixels, and a CPU embeds 300 photos a second.
 WIDTH, DEPTH, PATCH_PX = 192, 4, 56
 _HIDDEN = 128
+#: transformers names tensors otherwise inside than in published files (5.23, `conversion_mapping.py`).
+_PUBLISHED = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
 _COMPONENTS = 256
 _BATCH = 64
 _PEAK_LR, _WEIGHT_DECAY = 1.5e-3, 0.05
@@ -146,10 +153,17 @@ def _init_patch_embedding(projection: nn.Conv2d, crops: np.ndarray) -> None:
         projection.bias.copy_(-(weights @ patches.mean(0)))
 
 
+def publish(name: str) -> str:
+    """The name of a tensor in a file: as `facebook/dinov2-base` has it, which every version of transformers reads."""
+    for inside, published in _PUBLISHED.items():
+        name = name.replace(inside, published)
+    return name
+
+
 def _write(student: Student, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     student.backbone.config.save_pretrained(folder)
-    tensors = {n: v.detach().half().cpu().contiguous() for n, v in student.backbone.state_dict().items()}
+    tensors = {publish(n): v.detach().half().cpu().contiguous() for n, v in student.backbone.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     crop, side = PREPROCESS.crop, SIDE_PX
     processor = {

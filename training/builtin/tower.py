@@ -4,7 +4,8 @@
    of a Gaussian process regression of MOS (Rasmussen & Williams 2006, 5.4.2) on a sample of train photos.
 2. Principal components of the statistics so scaled: the quality space. Of the last stages unscaled: the content space.
 3. Kernel regression of MOS there. The scorer must not learn from an embedding that has seen the photo's own label, so
-   the coordinate of a train photo comes from a regression that saw neither it nor anything of its content group.
+   the coordinate of a train photo comes from a regression that did not see it, nor a copy of it. What the attributes
+   learn is stricter: from a regression that saw nothing of the photo's content group.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import pearsonr, spearmanr
 
 from picinspector.recipe import split_folds
 from picinspector.towers import (
@@ -27,7 +29,6 @@ from picinspector.towers import (
     NAME,
     QUALITY_DIM,
     STAGE_CHANNELS,
-    SUPPORT,
     QualityHead,
     kernel,
 )
@@ -85,17 +86,24 @@ class Fitted:
 
     Attributes:
         head: the fitted head.
-        embedding: float32 (N, 768) of all rows, not normalised; the coordinate of quality of rows in `use` out of fold.
-        out_of_fold_mos: float32 (N,) in the labels' scale; NaN outside `use`.
+        embedding: float32 (N, 768) of all rows, not normalised; the coordinate of quality of rows in `use` by a
+            regression that did not see the photo.
+        unseen_mos: float32 (N,) in the labels' scale, by one that saw nothing of its content; NaN outside `use`.
     """
 
     head: QualityHead
     embedding: np.ndarray
-    out_of_fold_mos: np.ndarray
+    unseen_mos: np.ndarray
 
 
 def fit(
-    statistics: np.ndarray, labels: np.ndarray, weights: np.ndarray, groups: np.ndarray, use: np.ndarray, seed: int = 0
+    statistics: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    original: np.ndarray,
+    groups: np.ndarray,
+    use: np.ndarray,
+    seed: int = 0,
 ) -> Fitted:
     """Fit the head.
 
@@ -103,8 +111,9 @@ def fit(
         statistics: (N, 4128) of the cached rows.
         labels: (N,) MOS; of degraded copies, a rule's.
         weights: (N,) what a label counts; 1 for people's.
-        groups: (N,) content groups: rows of one group are never on both sides of a fold.
-        use: indices of the rows to fit on: none of the test split.
+        original: (N,) the photo that a row is, or is a copy of.
+        groups: (N,) content groups, from `content_groups`.
+        use: indices of the rows to fit on, as many as the head supports: none of the test split.
     """
     generator = np.random.default_rng(seed)
     head = QualityHead()
@@ -132,22 +141,19 @@ def fit(
     quality, content_part = head.project(x)
     w = torch.from_numpy(weights.astype(np.float32))
     regression = _Regression(quality, y, w, noise)
-    fold = split_folds(len(use), _FOLDS, seed, groups[use])
-    predicted = torch.full((len(x),), torch.nan)
-    for index in range(_FOLDS):
-        inside, outside = use[fold != index], use[fold == index]
-        support = generator.choice(inside, SUPPORT, replace=False)
-        predicted[outside] = kernel(quality[outside], quality[support]) @ regression.solve(inside, support)
-        print(f"tower: fold {index + 1} of {_FOLDS}", flush=True)
-    support = generator.choice(use, SUPPORT, replace=False)
-    head.support.copy_(quality[support])
-    head.weights.copy_(regression.solve(use, support))
+    unseen = regression.out_of_fold(use, groups[use], seed)
+    predicted = regression.out_of_fold(use, original[use], seed)
+    for name, values in (("content", unseen), ("photo", predicted)):
+        people_only = torch.from_numpy(people)
+        plcc, srcc = pearsonr(values[people_only], y[people_only])[0], spearmanr(values[people_only], y[people_only])[0]
+        print(f"tower: without a photo's {name}: plcc {plcc:.4f} srcc {srcc:.4f} on people's labels", flush=True)
+    head.support.copy_(quality[use])
+    head.weights.copy_(regression.solve(use))
     # What the pipeline will compute, but for the photos that were fitted on.
     known = torch.isfinite(predicted)
     predicted[~known] = torch.cat([head.predict(part) for part in quality[~known].split(2000)])
     embedding = head.join(quality, content_part, predicted)
-    predicted[~known] = torch.nan
-    return Fitted(head, embedding.numpy(), (predicted * spread + centre).numpy())
+    return Fitted(head, embedding.numpy(), (unseen * spread + centre).numpy())
 
 
 def _length_scales(z: torch.Tensor, y: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -173,24 +179,27 @@ def _length_scales(z: torch.Tensor, y: torch.Tensor, sample: torch.Tensor) -> tu
 
 @dataclass(frozen=True, slots=True)
 class _Regression:
-    """Gaussian process regression by a subset of regressors (Rasmussen & Williams 2006, 8.3.1)."""
+    """Gaussian process regression (Rasmussen & Williams 2006, algorithm 2.1)."""
 
     quality: torch.Tensor  # (N, 447)
     labels: torch.Tensor  # (N,) standardised
     weights: torch.Tensor  # (N,)
     noise: float
 
-    def solve(self, rows: np.ndarray, support: np.ndarray) -> torch.Tensor:
-        """Weights (M,) of the support photos, from the labels of `rows`."""
-        anchors = self.quality[support]
-        gram = kernel(anchors, anchors).double()
-        left, right = self.noise * gram, torch.zeros(len(support), dtype=torch.float64)
-        for part in np.array_split(rows, max(1, len(rows) // 4000)):
-            k, w = kernel(self.quality[part], anchors), self.weights[part]
-            left += (k.T @ (k * w[:, None])).double()
-            right += (k.T @ (w * self.labels[part])).double()
-        left.diagonal().add_(1e-5 * left.diagonal().mean())
-        return torch.cholesky_solve(right[:, None], torch.linalg.cholesky(left))[:, 0].float()
+    def solve(self, rows: np.ndarray) -> torch.Tensor:
+        """Weights (M,) of the photos `rows` (M,), from their labels: half the weight is twice the noise variance."""
+        gram = kernel(self.quality[rows], self.quality[rows])
+        gram.diagonal().add_(self.noise / self.weights[rows])
+        return torch.cholesky_solve(self.labels[rows][:, None], torch.linalg.cholesky(gram))[:, 0]
+
+    def out_of_fold(self, rows: np.ndarray, groups: np.ndarray, seed: int) -> torch.Tensor:
+        """Predictions (N,) for `rows`, each without the photos of its group (M,); NaN elsewhere."""
+        predicted = torch.full((len(self.labels),), torch.nan)
+        fold = split_folds(len(rows), _FOLDS, seed, groups)
+        for index in range(_FOLDS):
+            inside, outside = rows[fold != index], rows[fold == index]
+            predicted[outside] = kernel(self.quality[outside], self.quality[inside]) @ self.solve(inside)
+        return predicted
 
 
 def write_clip_folder(head: QualityHead, wheel: Path, folder: Path) -> None:
