@@ -36,7 +36,7 @@ def to_input(pixels: np.ndarray, how: Preprocess, device: torch.device, dtype: t
     batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device, non_blocking=True)
     scale = torch.tensor([255.0 * s for s in how.std], device=device)
     shift = torch.tensor([m / s for m, s in zip(how.mean, how.std, strict=True)], device=device)
-    return (batch.float() / scale - shift).to(dtype).permute(0, 3, 1, 2)
+    return batch.float().div_(scale).sub_(shift).to(dtype).permute(0, 3, 1, 2)
 
 
 def to_embeddings(features: torch.Tensor) -> np.ndarray:
