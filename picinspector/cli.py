@@ -350,8 +350,8 @@ def _ratings_text(report: dict[str, Any]) -> str:
         lines.append(f"{report['unreadable']:,} photos could not be read for their rating")
     lines += [
         "agreement with the ratings (SRCC; 1 is the same order, 0 none)",
-        f"  {report['srcc']:>6}  the new scorer, cross-validated ({low} to {high}); from {report['method']}",
-        f"  {report['default_srcc']:>6}  the scorer of {report['default_bundle']}",
+        f"  {report['srcc']!s:>6}  the new scorer, cross-validated ({low} to {high}); from {report['method']}",
+        f"  {report['default_srcc']!s:>6}  the scorer of {report['default_bundle']}",
         f"bundle {report['name']} {report['version']} in {_one_line(report['bundle'])}; to use it:",
         f"picinspector rescore {report['destination']} --bundle {_one_line(report['bundle'])}",
     ]

@@ -48,8 +48,10 @@ def read_csv(path: str, options: Mapping[str, Any] | None = None) -> dict[str, f
     filesystem, name = open_filesystem(path, options)
     try:
         text = filesystem.cat_file(name).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {redact(path)}: {error}; give a CSV with the columns uri and rating") from error
+    except Exception as error:  # a store has errors of its own kinds, and their texts may hold signed URLs
+        raise UsageError(
+            f"cannot read {redact(path)}: {redact(str(error))}; give a CSV with the columns uri and rating"
+        ) from error
     reader = csv.DictReader(io.StringIO(text))
     for column in ("uri", "rating"):
         if column not in (reader.fieldnames or []):
@@ -136,6 +138,11 @@ def train(
     opened, target, destination = open_bundle(bundle), Path(out), Destination(dest, storage_options)
     if not opened.has("scorer"):
         raise UsageError(f"bundle {opened.name} has no scorer and no attributes to go with one; take another --bundle")
+    if _RATED in opened.version:
+        raise UsageError(
+            f"bundle {opened.name} {opened.version} was trained on ratings, and its opinion would give them away: "
+            "give the --bundle that it was made from"
+        )
     if target.exists():
         raise UsageError(f"{target} exists; give a new folder for the bundle")
     latest = _latest(destination, opened)
@@ -203,6 +210,10 @@ def _round(value: float) -> float | None:
 # --- the library ------------------------------------------------------------------------------------------------------
 
 
+#: How the version of a bundle ends that this module has written.
+_RATED = "-ratings"
+
+
 def _latest(destination: Destination, bundle: Bundle) -> pa.Table:
     """uri and run_id of the newest good embeddings, all of this bundle's encoders."""
     latest = destination.latest("embeddings", ["uri", "run_id", "encoder_fingerprint", "error_kind"])
@@ -257,6 +268,7 @@ def _write(
     report: Mapping[str, Any],
 ) -> Bundle:
     """A copy of a bundle with this scorer, sealed; whole or not at all."""
+    base.verify()  # sealing again would make damage look whole
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         for path in base.files:
@@ -269,7 +281,7 @@ def _write(
         card = building / "README.md"
         said = card.read_text("utf-8").rstrip() if card.is_file() else f"# {name}"
         card.write_text(f"{said}\n\n{_card(base, report)}", "utf-8")
-        seal(building, name, f"{base.version}+{report['rated']}-ratings")
+        seal(building, name, f"{base.version}+{report['rated']}{_RATED}")
         building.replace(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)

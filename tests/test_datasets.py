@@ -19,6 +19,7 @@ from training.datasets import (
     RATED,
     SCHEMA,
     LabelledPhoto,
+    absolute_uri,
     read_ava,
     read_biq2021,
     read_koniq10k,
@@ -26,6 +27,7 @@ from training.datasets import (
     read_spaq,
     write_labels,
 )
+from training.sheets import Sheet
 
 # The published tables' own names (github.com/mattkyuan/image-quality-fusion, github.com/subpic/koniq).
 SPAQ_SCORES = ["Image name", "MOS", "Brightness", "Colorfulness", "Contrast", "Noisiness", "Sharpness"]
@@ -295,3 +297,16 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     done = run("spaq", tmp_path, "--out", tmp_path / "labels.parquet")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "TestImage is missing" in done.stderr
+
+
+def test_a_row_whose_first_cell_is_empty_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("mos,uri,group\n,a.jpg,\n3,b.jpg,g\n,,\n", "utf-8")
+    sheet = Sheet(tmp_path / "l.csv")
+    assert sheet.texts("uri") == ["a.jpg", "b.jpg"]
+    assert sheet.choices("group") == [None, "g"]
+
+
+def test_uris_are_those_of_a_manifest(tmp_path: Path) -> None:
+    assert absolute_uri("../p/a.jpg", tmp_path / "labels") == str(tmp_path / "p" / "a.jpg")
+    assert absolute_uri(f"file://{tmp_path}/a.jpg", tmp_path / "x") == f"{tmp_path}/a.jpg"
+    assert absolute_uri("s3://bucket/a.jpg", tmp_path) == "s3://bucket/a.jpg"

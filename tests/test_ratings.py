@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from picinspector import ratings, schema, xmp
-from picinspector.bundle import open_bundle
+from picinspector.bundle import open_bundle, seal
 from picinspector.cli import main
 from picinspector.errors import UsageError
 from picinspector.metrics import agreement
@@ -285,6 +286,10 @@ def test_ratings_that_cannot_be_learnt_from_are_refused(
     assert "ratings from 0 to 4, outside of the range 1 to 5" in complaint(many, "--range", "1", "5")
     assert "give either --ratings CSV or --xmp" in complaint(many, "--xmp")
     assert "were embedded by other encoders" in complaint(many, "--bundle", "builtin")
+    personal = tmp_path / "personal"
+    shutil.copytree(tiny, personal)
+    seal(personal, "personal", "1+40-ratings")
+    assert "was trained on ratings" in complaint(many, "--bundle", str(personal))
     out.mkdir()
     path.write_text("uri,rating\n", "utf-8")
     assert main(["train", "scorer", "--ratings", str(path), "--tables", str(library), "--out", str(out)]) == 2

@@ -22,9 +22,9 @@ from picinspector.errors import PhotoError, UsageError
 from picinspector.measure import measure
 from picinspector.photo import CropSpec, Limits, decode
 from picinspector.schema import ATTRIBUTES, MEASUREMENTS, SCENES
-from picinspector.storage import StorageOptions, fetch, is_local, local_path
+from picinspector.storage import StorageOptions, fetch, redact
 from picinspector.tables import Destination
-from training.datasets import SPLITS
+from training.datasets import SPLITS, absolute_uri
 from training.sheets import Sheet
 from training.splits import content_groups, cut_validation, split_by_content
 
@@ -80,7 +80,7 @@ def read_targets(path: Path, mos_scale: tuple[float, float] = (0.0, 100.0)) -> T
     shares = [name for name in _SCENE_COLUMNS if name in table.columns]
     if not rated and not shares and "scene" not in table.columns:
         raise UsageError(f"{path} has no column to learn from: expected any of {list(ATTRIBUTES)}, 'scene', 'scene_*'")
-    uris = [_absolute(uri, path.parent) for uri in table.texts("uri")]
+    uris = [absolute_uri(uri, path.parent) for uri in table.texts("uri")]
     if len(set(uris)) < len(uris):
         double = next(uri for index, uri in enumerate(uris) if uri in uris[:index])
         raise UsageError(f"{path}: column 'uri' has {double} twice; keep one row a photo")
@@ -125,12 +125,6 @@ def _read_scenes(table: Sheet, shares: Sequence[str]) -> np.ndarray:
         if name is not None and not given[row]:
             scenes[row] = np.eye(len(SCENES))[SCENES.index(name)]
     return scenes
-
-
-def _absolute(uri: str, base: Path) -> str:
-    if not is_local(uri):
-        return uri
-    return local_path(uri) if "://" in uri else os.path.abspath(base / uri)  # noqa: PTH100
 
 
 def assign_splits(targets: Targets, phash: np.ndarray | None, where: str, seed: int) -> list[str]:
@@ -181,6 +175,10 @@ def read_embeddings(
     """
     table = _read_stored(source, features, targets.uris, options)
     row_of = {uri: row for row, uri in enumerate(table.column("uri").to_pylist())}
+    if len(row_of) < table.num_rows:
+        raise UsageError(
+            f"{redact(source)}: photos are there more than once; give the destination, or one run's folder"
+        )
     complete = np.logical_and.reduce([_filled(table.column(name)) for name in features])
     rows = [row for row, uri in enumerate(targets.uris) if uri in row_of and complete[row_of[uri]]]
     if not rows:

@@ -245,7 +245,7 @@ def read_labels(path: Path, allow_missing: bool = False) -> list[LabelledPhoto]:
         scenes = _present(shares, row) or ({scene[row]: 1.0} if scene[row] else {})
         photos.append(
             LabelledPhoto(
-                uri=_absolute(uri, path.parent),
+                uri=absolute_uri(uri, path.parent),
                 mos=mos[row],
                 split=split[row],
                 attributes=_present(attributes, row),
@@ -259,8 +259,8 @@ def read_labels(path: Path, allow_missing: bool = False) -> list[LabelledPhoto]:
     return _without(gone, photos, allow_missing)
 
 
-def _absolute(uri: str, base: Path) -> str:
-    """As the manifest names it, so that labels and embeddings find each other."""
+def absolute_uri(uri: str, base: Path) -> str:
+    """The uri as manifests name it, so that labels and embeddings find each other; a relative path starts at `base`."""
     if not is_local(uri):
         return uri
     return local_path(uri) if "://" in uri else os.path.abspath(base / uri)  # noqa: PTH100

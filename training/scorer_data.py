@@ -19,7 +19,7 @@ from picinspector.errors import UsageError
 from picinspector.recipe import split_folds
 from picinspector.scorer import feature_matrix, to_array
 from picinspector.tables import Destination
-from training.datasets import SPLITS
+from training.datasets import SPLITS, absolute_uri
 from training.sheets import Sheet
 from training.splits import content_groups, cut_validation, split_by_content
 
@@ -159,10 +159,7 @@ def gather(batches: Any, rows: np.ndarray) -> np.ndarray:
 
 def _read_labels(path: Path) -> pa.Table:
     sheet = Sheet(path)
-    uris = [
-        uri if "://" in uri or Path(uri).is_absolute() else str(path.absolute().parent / uri)
-        for uri in sheet.texts("uri")
-    ]
+    uris = [absolute_uri(uri, path.absolute().parent) for uri in sheet.texts("uri")]
     if len(set(uris)) != len(uris):
         twice = next(uri for uri, following in zip(sorted(uris), sorted(uris)[1:], strict=False) if uri == following)
         raise UsageError(f"{path}: {twice} is there twice; give each photo one label")
@@ -174,14 +171,14 @@ def _read_labels(path: Path) -> pa.Table:
     weights = sheet.numbers("weight") if has["weight"] else [1.0] * len(uris)
     if min(weights, default=1.0) <= 0:
         raise UsageError(f"{path}: row {int(np.argmin(weights)) + 1} of column 'weight' is {min(weights)}, not above 0")
-    groups = [str(value) if value is not None else None for value in sheet.values("group")] if has["group"] else None
+    groups = sheet.choices("group")
     return pa.table(
         {
             "uri": pa.array(uris, pa.string()),
             "mos": pa.array(sheet.numbers("mos"), pa.float64()),
             "weight": pa.array(weights, pa.float64()),
             "split": pa.array(splits or [None] * len(uris), pa.string()),
-            "group": pa.array(groups or [None] * len(uris), pa.string()),
+            "group": pa.array(groups, pa.string()),
         }
     )
 
@@ -234,6 +231,8 @@ def _join(rows: pa.Table, uris: ray.ObjectRef, latest: ray.ObjectRef | None, fea
         rows = rows.filter(pc.is_in(_keys(rows), value_set=ray.get(latest)))
     row = pc.index_in(rows.column("uri"), value_set=ray.get(uris))
     rows, row = rows.filter(pc.is_valid(row)), row.drop_null()
+    for name in features:  # photos that could not be read
+        rows, row = rows.filter(filled := pc.is_valid(rows.column(name))), row.filter(filled)
     matrix = feature_matrix({name: to_array(rows.column(name)) for name in features}, features)
     flat = pa.array(matrix.ravel(), pa.float32())
     phash = rows.column("phash") if "phash" in rows.column_names else pa.nulls(len(row), pa.uint64())

@@ -77,7 +77,7 @@ class Sheet:
 def _read_csv(path: Path) -> tuple[list[str], list[Sequence[Any]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row and row[0].strip()]
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}); export it again") from error
     return _headed(path, rows)
@@ -95,7 +95,7 @@ def _read_xlsx(path: Path) -> tuple[list[str], list[Sequence[Any]]]:
         raise UsageError(f"{path} is not a readable Excel workbook ({error}); download it again") from error
     # SPAQ's EXIF workbook has processed tags on further sheets; the others have one sheet.
     sheet = book["Source EXIF tags"] if "Source EXIF tags" in book.sheetnames else book.worksheets[0]
-    rows = [row for row in sheet.iter_rows(values_only=True) if row and row[0] is not None]
+    rows = [row for row in sheet.iter_rows(values_only=True) if any(cell is not None for cell in row)]
     book.close()
     return _headed(path, rows)
 

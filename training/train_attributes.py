@@ -38,7 +38,7 @@ from picinspector.bundle import open_bundle
 from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import PicInspectorError, UsageError
 from picinspector.preprocess import DINOV2_CONFIG, dinov2_preprocess
-from picinspector.storage import StorageOptions
+from picinspector.storage import StorageOptions, redact
 from training import attribute_head as twin
 from training.attribute_data import (
     HEAVY_TAILED,
@@ -188,7 +188,9 @@ def _check(settings: Settings) -> Path | None:
 def _check_folder(out: Path, settings: Settings) -> dict[str, str]:
     """What makes a training the same one; a folder that holds another, or other things, is refused."""
     said = {
-        name: str(value) for name, value in dataclasses.asdict(settings).items() if name not in ("out", "bootstrap")
+        name: redact(str(value))
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in ("out", "bootstrap")
     }
     said["labels"] = hashlib.sha256(settings.labels.read_bytes()).hexdigest()
     if (out / _SETTINGS).is_file():

@@ -30,6 +30,7 @@ from picinspector.errors import PicInspectorError, UsageError
 from picinspector.metrics import agreement
 from picinspector.recipe import STEPS, Fit, Recipe, Rows, fit_with
 from picinspector.scorer import write_scorer
+from picinspector.storage import redact
 from training import scorer_report
 from training.scorer_data import Labelled, load
 from training.scorer_search import search
@@ -132,7 +133,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     metrics = {
         "labels": str(args.labels),
-        "embeddings": str(args.embeddings),
+        "embeddings": redact(str(args.embeddings)),
         "photos": data.counts,
         "not_found": data.missing,
         "features": list(data.features),
