@@ -31,7 +31,7 @@ _JPEG = (".jpg", ".jpeg", ".jpe")
 
 
 def find_rating(data: bytes) -> float | None:
-    """The rating in a sidecar or in a photo's bytes: 1 to 5, -1 for rejected; None where there is none (or 0).
+    """The rating in a sidecar or in a photo's bytes: 1 to 5, -1 for rejected, 0 for taken back; None without one.
 
     Packets that a container stores compressed (zTXt of PNG) are not seen.
     """
@@ -43,7 +43,7 @@ def find_rating(data: bytes) -> float | None:
             found = re.search(rb"[\s<]" + re.escape(prefix) + rb":Rating" + _VALUE, text)
             # Other programs write 0-99 into fields of the same name; outside of its range it is no xmp:Rating.
             if found and -1 <= (value := float(found[1])) <= 5:
-                return value or None
+                return value
     return None
 
 
@@ -73,7 +73,7 @@ def read_ratings(uris: Sequence[str], options: Mapping[str, Any] | None = None) 
         value = of_sidecar[path] if path else None
         if value is None:
             inside.append(uri)
-        else:
+        elif value:  # stars taken back beside the photo may still be in it
             ratings[uri] = value
     for suffixed, limit in ((True, _JPEG_BYTES), (False, 512 * 1024**2)):
         photos = [uri for uri in inside if uri.lower().endswith(_JPEG) == suffixed]
@@ -82,7 +82,7 @@ def read_ratings(uris: Sequence[str], options: Mapping[str, Any] | None = None) 
             for uri, data in zip(batch, fetch(batch, options, limit), strict=True):
                 if isinstance(data, PhotoError):
                     unreadable += 1
-                elif (value := find_rating(data)) is not None:
+                elif value := find_rating(data):
                     ratings[uri] = value
     return ratings, unreadable
 

@@ -43,7 +43,7 @@ STARS = {
     "rejected": (packet('xmp:Rating="-1"/>'), -1),
     "decimal": (packet('xmp:Rating="2.5"/>'), 2.5),
     "other prefix": (packet('xap:Rating="2"/>', prefix="xap"), 2),
-    "unrated": (packet('xmp:Rating="0"/>'), None),
+    "taken back": (packet('xmp:Rating="0"/>'), 0),
     "without": (packet('xmp:Label="Red"/>'), None),
     "percent of another namespace": (
         packet('MicrosoftPhoto:Rating="75"/>', "MicrosoftPhoto", "http://ns.microsoft.com/photo/1.0/"),
@@ -56,6 +56,14 @@ STARS = {
     "UTF-16": (packet('xmp:Rating="4"/>').decode().encode("utf-16"), 4),
     "nothing": (b"", None),
 }
+
+
+def test_stars_taken_back_beside_the_photo_are_not_those_in_it(tmp_path: Path) -> None:
+    photo = tmp_path / "a.jpg"
+    photo.write_bytes(packet('xmp:Rating="5"/>'))
+    assert xmp.read_ratings([str(photo)]) == ({str(photo): 5}, 0)
+    (tmp_path / "a.jpg.xmp").write_bytes(packet('xmp:Rating="0"/>'))
+    assert xmp.read_ratings([str(photo)]) == ({}, 0)
 
 
 @pytest.mark.parametrize("name", STARS)
