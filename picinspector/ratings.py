@@ -72,7 +72,7 @@ def read_csv(path: str, options: Mapping[str, Any] | None = None) -> dict[str, f
 
 
 def match(given: Mapping[str, float], uris: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-    """Ratings by the uris of a library, and the names that are not in it.
+    """Ratings by the uris of a library, and the names that are not in it. Two names of one photo give their mean.
 
     Args:
         given: name -> rating; a name is a uri, or the last parts of one, from the file name up.
@@ -85,11 +85,11 @@ def match(given: Mapping[str, float], uris: Sequence[str]) -> tuple[dict[str, fl
     by_file: dict[str, list[str]] = {}
     for uri in uris:
         by_file.setdefault(posixpath.basename(uri), []).append(uri)
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     missing = []
     for name, rating in given.items():
         if name in known:
-            found[name] = rating
+            found.setdefault(name, []).append(rating)
             continue
         tail = "/" + re.sub(r"^(\.{0,2}/)+", "", posixpath.normpath(name))
         fitting = [uri for uri in by_file.get(posixpath.basename(tail), []) if f"/{uri}".endswith(tail)]
@@ -98,10 +98,10 @@ def match(given: Mapping[str, float], uris: Sequence[str]) -> tuple[dict[str, fl
                 f"rating of {name!r} fits {len(fitting)} photos, {fitting[0]} and {fitting[1]}: write more of its path"
             )
         if fitting:
-            found[fitting[0]] = rating
+            found.setdefault(fitting[0], []).append(rating)
         else:
             missing.append(name)
-    return found, missing
+    return {uri: float(np.mean(ratings)) for uri, ratings in found.items()}, missing
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

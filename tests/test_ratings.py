@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_names_find_their_photos() -> None:
     library = ["/photos/a/one.jpg", "/photos/b/one.jpg", "/photos/b/two.jpg", "s3://bucket/three.jpg", "/p/.x.jpg"]
     given = {"/photos/a/one.jpg": 1.0, "b/one.jpg": 2.0, "./two.jpg": 3.0, "three.jpg": 4.0, ".x.jpg": 5.0, "wo.jpg": 0}
     found, missing = ratings.match(given, library)
+    assert ratings.match({library[0]: 1.0, posixpath.basename(library[0]): 3.0}, library[:1]) == ({library[0]: 2.0}, [])
     assert found == dict(zip(library, (1, 2, 3, 4, 5), strict=True))
     assert missing == ["wo.jpg"], "not two.jpg"
     with pytest.raises(
