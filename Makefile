@@ -46,7 +46,7 @@ found $$(python3 --version 2>&1). Name another with: make PYTHON=/path/to/python
 	$(PYTHON) -m venv .venv
 
 .venv/installed-demo: EXTRAS := demo
-.venv/installed-all: EXTRAS := bench,demo,dev,raw,train
+.venv/installed-all: EXTRAS := bench,critic,demo,dev,raw,train
 .venv/installed-demo .venv/installed-all: .venv/pyvenv.cfg pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	@$(BIN)/python -c 'import lightgbm' 2>/dev/null || { $(APT_INSTALL) libgomp1 >/dev/null </dev/null; } || \

@@ -22,6 +22,10 @@ LAYERS: tuple[frozenset[str], ...] = (
             *(
                 "attributes",
                 "feedback",
+                "wording",
+                "critic",
+                "plot",
+                "web",
                 "bundle",
                 "device",
                 "preprocess",

@@ -1,0 +1,170 @@
+"""Photos, degraded copies of them, and what a bundle's heads see in each: what a captioner is trained on.
+
+`python -m training.caption_data --labels LABELS.parquet --out CACHE` decodes every photo once, makes copies with one or
+two faults of random strength, judges all of them with a bundle, and writes
+
+::
+
+    CACHE/crops.npy      uint8 (N, S, S, 3), cut as the captioner wants them
+    CACHE/facts.parquet  uri, split, kind, severity, attribute_*, scene_*, measured_*, one row for each crop
+
+The texts themselves are composed from the facts while training (`picinspector.wording`), so that no wording is seen
+twice; a table of a person's own texts needs no facts, see `training.train_captioner`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from picinspector.bundle import open_bundle
+from picinspector.degrade import DEGRADATIONS
+from picinspector.errors import PhotoError, PicInspectorError, UsageError
+from picinspector.photo import CropSpec, decode
+from picinspector.schema import ATTRIBUTES, MEASUREMENTS, SCENES
+from picinspector.storage import fetch
+from training.datasets import LabelledPhoto, read_biq2021, read_labels
+from training.judge import Judge
+from training.ladders import png
+from training.splits import content_groups, cut_validation
+
+_BATCH = 64
+_MIN_SEVERITY = 0.15
+#: Share of the copies with a second fault, as real photos have them.
+_SECOND_FAULT = 0.3
+
+
+def fill(
+    photos: Sequence[LabelledPhoto], bundle: str, spec: CropSpec, out: Path, copies: int = 1, seed: int = 0
+) -> None:
+    """Fill a cache folder: each photo as it is, then `copies` degraded copies of it.
+
+    Args:
+        photos: those of split `test` are left out; a tenth of the others, by whole content groups, is `validation`.
+        bundle: whose heads say what is to be seen.
+        spec: the captioner's crop.
+        out: the folder; about S * S * 3 bytes a crop.
+        copies: degraded copies of each photo.
+        seed: of the split, of the faults and their strengths.
+
+    Raises:
+        UsageError: a photo cannot be read; the message names it.
+    """
+    photos = [photo for photo in photos if photo.split != "test"]
+    out.mkdir(parents=True, exist_ok=True)
+    judge = Judge(open_bundle(bundle))
+    crops = np.lib.format.open_memmap(
+        out / "crops.npy", "w+", np.uint8, (len(photos) * (1 + copies), spec.crop_px, spec.crop_px, 3)
+    )
+    facts: list[pa.Table] = []
+    hashes: list[int] = []
+    with ThreadPoolExecutor(2) as pool:
+        for start, batch in _batches(photos):
+            for number in range(1 + copies):
+                rng = np.random.default_rng((seed, start, number))
+                kinds, severities = _faults(rng, len(batch), number > 0)
+                files = list(pool.map(_degrade, batch, kinds, severities, range(start, start + len(batch))))
+                cut = list(pool.map(lambda file: decode(file, [spec]), files))
+                if number == 0:
+                    hashes += [int(photo.facts["phash"]) for photo in cut]
+                rows = np.arange(start, start + len(batch)) + number * len(photos)
+                crops[rows] = np.stack([photo.crops[0] for photo in cut])
+                facts.append(_facts(judge, files, photos[start : start + len(batch)], kinds, severities, rows))
+            if start // _BATCH % 10 == 0:
+                print(f"caption_data: {start + len(batch)} of {len(photos)} photos", flush=True)
+    table = pa.concat_tables(facts).sort_by("row").drop_columns("row")
+    parts = cut_validation(["train"] * len(photos), content_groups(np.array(hashes, dtype=np.uint64)), seed=seed)
+    table = table.append_column("split", pa.array(parts * (1 + copies)))
+    crops.flush()
+    pq.write_table(table, out / "facts.parquet")  # last: its presence says that the crops are complete
+
+
+def _batches(photos: Sequence[LabelledPhoto]) -> Iterator[tuple[int, list[bytes]]]:
+    for start in range(0, len(photos), _BATCH):
+        uris = [photo.uri for photo in photos[start : start + _BATCH]]
+        files = []
+        for uri, data in zip(uris, fetch(uris), strict=True):
+            if isinstance(data, PhotoError):
+                raise UsageError(f"{uri}: {data.message}; take it out of the labels")
+            files.append(data)
+        yield start, files
+
+
+def _faults(
+    rng: np.random.Generator, count: int, faulty: bool
+) -> tuple[list[tuple[str, ...]], list[tuple[float, ...]]]:
+    """For each photo the names and severities of its faults; none at all unless `faulty`."""
+    if not faulty:
+        return [()] * count, [()] * count
+    names = list(DEGRADATIONS)
+    kinds, severities = [], []
+    for _ in range(count):
+        number = 2 if rng.random() < _SECOND_FAULT else 1
+        kinds.append(tuple(names[index] for index in rng.permutation(len(names))[:number]))
+        severities.append(tuple(float(s) for s in rng.uniform(_MIN_SEVERITY, 1.0, number)))
+    return kinds, severities
+
+
+def _degrade(data: bytes, kinds: tuple[str, ...], severities: tuple[float, ...], seed: int) -> bytes:
+    if not kinds:
+        return data
+    image = cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    for kind, severity in zip(kinds, severities, strict=True):
+        image = DEGRADATIONS[kind](image, severity, seed=seed)
+    return png(image)
+
+
+def _facts(
+    judge: Judge,
+    files: list[bytes],
+    photos: Sequence[LabelledPhoto],
+    kinds: list[tuple[str, ...]],
+    severities: list[tuple[float, ...]],
+    rows: np.ndarray,
+) -> pa.Table:
+    columns = judge.embed(files)
+    judged = judge.score(columns)
+    table = {
+        "row": rows,
+        "uri": [photo.uri for photo in photos],
+        "kind": ["+".join(kind) for kind in kinds],
+        "severity": pa.array([list(values) for values in severities], pa.list_(pa.float32())),
+        **{f"attribute_{name}": judged.attributes[:, i].astype(np.float32) for i, name in enumerate(ATTRIBUTES)},
+        **{f"scene_{name}": judged.scenes[:, i].astype(np.float32) for i, name in enumerate(SCENES)},
+        **{f"measured_{name}": columns[f"measured_{name}"] for name in MEASUREMENTS},
+    }
+    return pa.table(table)
+
+
+def main() -> None:
+    """Parse the command line and fill the cache."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--biq2021", type=Path, help="BIQ2021 checkout: its train split")
+    source.add_argument("--labels", type=Path, help="a labels table of training.datasets: all but its test split")
+    parser.add_argument("--bundle", default="builtin", help="whose heads say what is to be seen")
+    parser.add_argument("--side-px", type=int, default=448, help="side of the captioner's square crop (default: 448)")
+    parser.add_argument("--copies", type=int, default=1, help="degraded copies of each photo (default: 1)")
+    parser.add_argument("--limit", type=int, help="only the first so many photos")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the cache folder")
+    args = parser.parse_args()
+    try:
+        photos = read_biq2021(args.biq2021) if args.biq2021 is not None else read_labels(args.labels)
+        spec = CropSpec(args.side_px, args.side_px, odd_margin="floor")
+        fill(photos[: args.limit], args.bundle, spec, args.out, args.copies, args.seed)
+    except PicInspectorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
