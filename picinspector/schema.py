@@ -13,6 +13,16 @@ import pyarrow as pa
 #: `scorer_kind` is zero_shot).
 ATTRIBUTES: tuple[str, ...] = ("mos", "brightness", "colorfulness", "contrast", "noisiness", "sharpness")
 
+#: What to call them before people, so that high is good in each by its name too.
+ATTRIBUTE_LABELS: dict[str, str] = {
+    "mos": "overall",
+    "brightness": "exposure",
+    "colorfulness": "colour",
+    "contrast": "contrast",
+    "noisiness": "noise-free",
+    "sharpness": "sharpness",
+}
+
 #: SPAQ's nine scene classes, in the order of the head's logits.
 SCENES: tuple[str, ...] = (
     "animal",

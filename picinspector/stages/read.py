@@ -45,8 +45,13 @@ def read_photos(
     for window in _windows(sizes, limits.max_bytes):
         fetched = _fetch(uris[window], sizes[window], options, limits)
         for position, uri in enumerate(uris[window]):
-            rows.append(_read(fetched[position], crops, limits, os.path.splitext(uri)[1]))  # noqa: PTH122
+            rows.append(read_photo(fetched[position], crops, limits, os.path.splitext(uri)[1]))  # noqa: PTH122
             fetched[position] = b""  # each file's bytes go as soon as its pixels are here
+    return to_table(manifest, rows)
+
+
+def to_table(manifest: pa.Table, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Manifest rows and what `read_photo` says of each, as `read_photos` gives them."""
     columns = {name: manifest.column(name) for name in schema.MANIFEST.names}
     for part in (*schema.FACTS, *schema.MEASUREMENT_FIELDS):
         columns[part.name] = pa.array([row.get(part.name) for row in rows], part.type)
@@ -83,7 +88,8 @@ def _fetch(
     return files
 
 
-def _read(data: bytes | PhotoError, crops: Sequence[CropSpec], limits: Limits, suffix: str) -> dict[str, Any]:
+def read_photo(data: bytes | PhotoError, crops: Sequence[CropSpec], limits: Limits, suffix: str) -> dict[str, Any]:
+    """Decode and measure one file: columns by name, those of its error alone where it has one."""
     try:
         if isinstance(data, PhotoError):
             raise data
