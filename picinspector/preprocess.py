@@ -16,6 +16,7 @@ from picinspector.photo import CropSpec
 
 CLIP_CONFIG = "open_clip_config.json"
 DINOV2_CONFIG = "preprocessor_config.json"
+CAPTIONER_CONFIG, CAPTIONER_SPEC = "preprocessor_config.json", "captioner.json"
 
 #: open_clip's defaults, where a config leaves them out (`open_clip.constants`).
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -78,6 +79,30 @@ def dinov2_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
         return Preprocess(crop, tuple(map(float, config["image_mean"])), tuple(map(float, config["image_std"])))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{path}: not a BitImageProcessor config to follow ({error!r}); fetch again") from error
+
+
+def captioner_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
+    """The preprocessing of a captioner folder: the one image that its `SmolVLMImageProcessor` gives without tiles.
+
+    The whole photo is squashed to the square, as SmolVLM was trained, unless `captioner.json` says `"crop": "centre"`.
+
+    Raises:
+        BundleError: no readable config in the folder, or one this program cannot follow.
+    """
+    path = Path(folder) / CAPTIONER_CONFIG
+    try:
+        config, spec = _read(path), _read(Path(folder) / CAPTIONER_SPEC)
+        side = int(config["max_image_size"]["longest_edge"])
+        resample = cast(Literal["lanczos", "bilinear", "bicubic"], _RESAMPLE[config["resample"]])
+        if spec["crop"] == "centre":
+            crop = CropSpec(side, side, resample, odd_margin="floor")
+        elif spec["crop"] == "squash":
+            crop = CropSpec(side, side, resample, "squash")
+        else:
+            raise ValueError(f"crop={spec['crop']}: use centre or squash")
+        return Preprocess(crop, tuple(map(float, config["image_mean"])), tuple(map(float, config["image_std"])))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"{path}: not a captioner's config to follow ({error!r}); fetch again") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

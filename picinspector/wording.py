@@ -1,7 +1,7 @@
 """The grammar of quality terms: facts to words, and words back to facts.
 
-A caption speaks of six aspects, each an attribute of `schema.ATTRIBUTES` on its scale of 0-100, high is good. A grade is
-a fifth of that scale, named as in ITU-R BT.500 (five-grade quality scale: bad, poor, fair, good, excellent). Every term
+A caption speaks of six aspects, each an attribute of `schema.ATTRIBUTES` on its scale of 0-100, high is good. A grade
+is a fifth of that scale, named as in ITU-R BT.500 (five-grade scale: bad, poor, fair, good, excellent). Every term
 stands for a range of grades: `compose` writes a caption from the terms that hold, in many wordings, and `parse` finds
 the terms in any caption, so that it can be checked against what was measured. What is no term of `TERMS` is not read.
 """
@@ -217,7 +217,9 @@ def parse(text: str) -> list[Statement]:
 
 def check(text: str, facts: Facts) -> Check:
     """Hold a caption against the facts."""
-    right, wrong, contradictions = [], [], []
+    right: list[Statement] = []
+    wrong: list[Statement] = []
+    contradictions: list[Statement] = []
     statements = parse(text)
     for statement in statements:
         off = _distance(statement, facts)
@@ -404,3 +406,11 @@ def _sentence(clauses: Sequence[str], turn: str, pick: object) -> str:
     named = [clause.format(p=photo if index == 0 else "it") for index, clause in enumerate(named)]
     text = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
     return text[0].upper() + text[1:] + "."
+
+
+def is_fluent(text: str) -> bool:
+    """One to three sentences, ended, and no stretch of four words twice."""
+    sentences = re.findall(r"[^.!?]+[.!?]", text)
+    words = re.findall(r"\w+", text.lower())
+    stretches = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return 1 <= len(sentences) <= 3 and text[-1:] in ".!?" and len(set(stretches)) == len(stretches)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet
 
+from picinspector.duplicates import content_groups
 from picinspector.errors import PhotoError, UsageError
 from picinspector.measure import measure
 from picinspector.photo import CropSpec, Limits, decode
@@ -26,7 +27,7 @@ from picinspector.storage import StorageOptions, fetch, redact
 from picinspector.tables import Destination
 from training.datasets import SPLITS, absolute_uri
 from training.sheets import Sheet
-from training.splits import content_groups, cut_validation, split_by_content
+from training.splits import cut_validation, split_by_content
 
 MEASURED = tuple(f"measured_{name}" for name in MEASUREMENTS)
 #: Measurements whose values span orders of magnitude.

@@ -6,7 +6,9 @@ two faults of random strength, judges all of them with a bundle, and writes
 ::
 
     CACHE/crops.npy      uint8 (N, S, S, 3), cut as the captioner wants them
-    CACHE/facts.parquet  uri, split, kind, severity, attribute_*, scene_*, measured_*, one row for each crop
+    CACHE/facts.parquet  row (of crops.npy), uri, split, kind, severity, attribute_*, scene_*, measured_*
+
+`--builtin-cache` takes crops and embeddings from the cache that `training.train_builtin` has filled, in a minute.
 
 The texts themselves are composed from the facts while training (`picinspector.wording`), so that no wording is seen
 twice; a table of a person's own texts needs no facts, see `training.train_captioner`.
@@ -27,14 +29,17 @@ import pyarrow.parquet as pq
 
 from picinspector.bundle import open_bundle
 from picinspector.degrade import DEGRADATIONS
+from picinspector.duplicates import content_groups
 from picinspector.errors import PhotoError, PicInspectorError, UsageError
 from picinspector.photo import CropSpec, decode
 from picinspector.schema import ATTRIBUTES, MEASUREMENTS, SCENES
 from picinspector.storage import fetch
+from training.builtin.cache import Rows, read
+from training.builtin.labels import KINDS
 from training.datasets import LabelledPhoto, read_biq2021, read_labels
 from training.judge import Judge
 from training.ladders import png
-from training.splits import content_groups, cut_validation
+from training.splits import cut_validation
 
 _BATCH = 64
 _MIN_SEVERITY = 0.15
@@ -80,11 +85,50 @@ def fill(
                 facts.append(_facts(judge, files, photos[start : start + len(batch)], kinds, severities, rows))
             if start // _BATCH % 10 == 0:
                 print(f"caption_data: {start + len(batch)} of {len(photos)} photos", flush=True)
-    table = pa.concat_tables(facts).sort_by("row").drop_columns("row")
+    table = pa.concat_tables(facts).sort_by("row")
     parts = cut_validation(["train"] * len(photos), content_groups(np.array(hashes, dtype=np.uint64)), seed=seed)
     table = table.append_column("split", pa.array(parts * (1 + copies)))
     crops.flush()
     pq.write_table(table, out / "facts.parquet")  # last: its presence says that the crops are complete
+
+
+def from_builtin_cache(photos: Sequence[LabelledPhoto], cache: Path, bundle: str, out: Path, seed: int = 0) -> None:
+    """As `fill`, of the train photos and copies in the cache of `training.train_builtin`, its crops linked.
+
+    Args:
+        photos: all of the dataset, in the order the cache was filled in.
+        cache: the cache, filled by all steps.
+        bundle: built from it.
+    """
+    rows = Rows.load(cache)
+    use = np.flatnonzero(~rows.test)
+    columns = {f"{name}_embedding": read(cache, name)[use] for name in ("clip", "dinov2")}
+    measured = read(cache, "measured")[use]
+    columns |= {f"measured_{name}": measured[:, index] for index, name in enumerate(MEASUREMENTS)}
+    judge = Judge(open_bundle(bundle))
+    table = {
+        "row": use,
+        "uri": [photos[original].uri for original in rows.original[use]],
+        "kind": [KINDS[kind] if kind >= 0 else "" for kind in rows.kind[use]],
+        "severity": pa.array([[s] if s > 0 else [] for s in rows.severity[use].tolist()], pa.list_(pa.float32())),
+        **_judged(judge, columns),
+    }
+    groups = np.load(cache / "groups.npy")[use]
+    table["split"] = cut_validation(["train"] * len(use), groups, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "crops.npy").unlink(missing_ok=True)
+    (out / "crops.npy").symlink_to((cache / "crops.npy").absolute())
+    pq.write_table(pa.table(table), out / "facts.parquet")
+
+
+def _judged(judge: Judge, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of attributes, scenes and measurements, float32 (N,) each, from columns of embeddings."""
+    judged = judge.score(columns)
+    return {
+        **{f"attribute_{name}": judged.attributes[:, i].astype(np.float32) for i, name in enumerate(ATTRIBUTES)},
+        **{f"scene_{name}": judged.scenes[:, i].astype(np.float32) for i, name in enumerate(SCENES)},
+        **{f"measured_{name}": columns[f"measured_{name}"] for name in MEASUREMENTS},
+    }
 
 
 def _batches(photos: Sequence[LabelledPhoto]) -> Iterator[tuple[int, list[bytes]]]:
@@ -130,16 +174,12 @@ def _facts(
     severities: list[tuple[float, ...]],
     rows: np.ndarray,
 ) -> pa.Table:
-    columns = judge.embed(files)
-    judged = judge.score(columns)
     table = {
         "row": rows,
         "uri": [photo.uri for photo in photos],
         "kind": ["+".join(kind) for kind in kinds],
         "severity": pa.array([list(values) for values in severities], pa.list_(pa.float32())),
-        **{f"attribute_{name}": judged.attributes[:, i].astype(np.float32) for i, name in enumerate(ATTRIBUTES)},
-        **{f"scene_{name}": judged.scenes[:, i].astype(np.float32) for i, name in enumerate(SCENES)},
-        **{f"measured_{name}": columns[f"measured_{name}"] for name in MEASUREMENTS},
+        **_judged(judge, judge.embed(files)),
     }
     return pa.table(table)
 
@@ -150,6 +190,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--biq2021", type=Path, help="BIQ2021 checkout: its train split")
     source.add_argument("--labels", type=Path, help="a labels table of training.datasets: all but its test split")
+    parser.add_argument("--builtin-cache", type=Path, help="with --biq2021: train_builtin's cache, instead of decoding")
     parser.add_argument("--bundle", default="builtin", help="whose heads say what is to be seen")
     parser.add_argument("--side-px", type=int, default=448, help="side of the captioner's square crop (default: 448)")
     parser.add_argument("--copies", type=int, default=1, help="degraded copies of each photo (default: 1)")
@@ -159,6 +200,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         photos = read_biq2021(args.biq2021) if args.biq2021 is not None else read_labels(args.labels)
+        if args.builtin_cache is not None:
+            from_builtin_cache(photos, args.builtin_cache, args.bundle, args.out, args.seed)
+            return
         spec = CropSpec(args.side_px, args.side_px, odd_margin="floor")
         fill(photos[: args.limit], args.bundle, spec, args.out, args.copies, args.seed)
     except PicInspectorError as error:

@@ -420,7 +420,8 @@ def _is_open(photos: list[LabelledPhoto]) -> bool:
 
 
 def _split(photos: list[LabelledPhoto], seed: int) -> list[LabelledPhoto]:
-    from training.splits import content_groups, cut_validation, hash_photos, split_by_content
+    from picinspector.duplicates import content_groups
+    from training.splits import cut_validation, hash_photos, split_by_content
 
     groups = content_groups(hash_photos([photo.uri for photo in photos]), [photo.group for photo in photos])
     splits = split_by_content(groups, [photo.split for photo in photos], seed=seed)

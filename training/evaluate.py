@@ -58,14 +58,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     }
     dataset = read_biq2021(args.biq2021) if args.biq2021 is not None else []
     photos, title = _labelled(args, dataset)
-    known = _near_duplicates(args.near_duplicates)
+    known = near_duplicates(args.near_duplicates)
     judged, scale = None, (0.0, 1.0)
     if photos:
         scale = _scale(args, bundle)
         judged = judge.judge_labelled(photos)
         result |= {"set": {"name": title, "photos": len(photos), "mos_range": list(scale)}}
         result |= evaluate_labels(judged, photos, scale, known, args.seed, args.resamples)
-    result["degradations"] = ladders.climb(judge, _ladder_photos(args, photos, known), args.seed)
+    result["degradations"] = ladders.climb(
+        judge, ladder_photos(photos, known, args.ladder_photos, args.seed), args.seed
+    )
     if args.scenes is not None:
         rows = read_scenes(args.scenes, dataset or photos)
         seen = judge.judge_labelled([photo for photo, _ in rows])
@@ -111,7 +113,8 @@ def _scale(args: argparse.Namespace, bundle: Bundle) -> tuple[float, float]:
     raise UsageError(f"{bundle.name} was not trained on labels: give the scale of these with --mos-range WORST BEST")
 
 
-def _near_duplicates(path: Path | None) -> frozenset[str]:
+def near_duplicates(path: Path | None) -> frozenset[str]:
+    """File names, in lower case, of test photos that have a twin in train."""
     if path is None:
         return frozenset()
     try:
@@ -120,13 +123,13 @@ def _near_duplicates(path: Path | None) -> frozenset[str]:
         raise UsageError(f'{path}: expected {{"pairs": [{{"test": name, "train": name}}, ...]}} ({error!r})') from error
 
 
-def _ladder_photos(
-    args: argparse.Namespace, photos: Sequence[LabelledPhoto], known: frozenset[str]
+def ladder_photos(
+    photos: Sequence[LabelledPhoto], known: frozenset[str], count: int, seed: int
 ) -> dict[str, np.ndarray]:
     """The demo's seven, and a sample of the labelled set that has no twin in train."""
     chosen = real_photos()
     fresh = [photo for photo in photos if photo.path.name.lower() not in known]
-    for photo in _sample(fresh, args.ladder_photos, args.seed):
+    for photo in _sample(fresh, count, seed):
         data = fetch([photo.uri])[0]
         # In full and upright: `decode` would give the working image. OpenCV knows fewer formats; those are passed over.
         pixels = None if isinstance(data, PhotoError) else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)

@@ -15,13 +15,14 @@ import ray
 import ray.data
 
 from picinspector import schema
+from picinspector.duplicates import content_groups
 from picinspector.errors import UsageError
 from picinspector.recipe import split_folds
 from picinspector.scorer import feature_matrix, to_array
 from picinspector.tables import Destination
 from training.datasets import SPLITS, absolute_uri
 from training.sheets import Sheet
-from training.splits import content_groups, cut_validation, split_by_content
+from training.splits import cut_validation, split_by_content
 
 #: What a scorer learns from unless it is told: the quality embedding and what the pixels measure.
 FEATURES = ("clip_embedding", *schema.MEASUREMENT_FIELDS.names)

@@ -1,0 +1,277 @@
+"""What each worker of `train_captioner` runs: next-token loss of captions, under Ray Train."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray.train
+import ray.train.torch
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from picinspector.captioner import answer, load_captioner, prompt
+from picinspector.device import pick_dtype, to_input
+from picinspector.preprocess import captioner_preprocess
+from picinspector.schema import ATTRIBUTES, SCENES
+from picinspector.wording import Facts, compose, tell
+from training.captioner_model import QUESTION, QUESTION_WITH_FACTS
+
+WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.pt", "progress.json"
+_RISING = 0.05
+_IGNORED = -100
+#: Photos of the validation split that a checkpoint is judged by, at most.
+_VALIDATION_PHOTOS = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs to know, the same on all.
+
+    Attributes:
+        base: captioner folder to begin with.
+        data: folder of `training.caption_data`, which every node sees.
+        steps: optimiser steps.
+        batch_size: of all workers together.
+        lr, vision_lr: peaks for the decoder and connector, or LoRA matrices, and for the vision transformer; 0 freezes
+            it.
+        lora_rank: of the adapter on the decoder's query and value projections; 0 trains the whole decoder.
+        told_share: share of the samples whose prompt holds the facts, for the second try of the caption stage.
+        threads: of a worker on the CPU.
+        checkpoint_steps: steps from one checkpoint, and validation, to the next.
+        stop_after_step: end at the first checkpoint at or after this step, as an interruption would.
+        progress: file that the first worker adds a line to at each checkpoint.
+    """
+
+    base: str
+    data: str
+    steps: int
+    batch_size: int
+    lr: float
+    vision_lr: float
+    lora_rank: int
+    told_share: float
+    weight_decay: float
+    checkpoint_steps: int
+    seed: int
+    threads: int
+    stop_after_step: int | None = None
+    progress: str | None = None
+
+
+class Captions:
+    """Photos and what may be said of them, from a folder of `training.caption_data`.
+
+    Attributes:
+        side_px: side of the crops.
+        split: (N,) of `train` and `validation`.
+        facts: of each photo; None where a person wrote the text.
+    """
+
+    def __init__(self, data: str | Path) -> None:
+        table = pq.read_table(Path(data) / "facts.parquet")
+        self._crops: np.ndarray = np.load(Path(data) / "crops.npy", mmap_mode="r")
+        self._rows = table.column("row").to_numpy()
+        self.side_px = int(self._crops.shape[1])
+        self.split = np.array(table.column("split").to_pylist())
+        columns = table.to_pydict()
+        self._texts: list[str | None] = columns.get("text", [None] * table.num_rows)
+        self.facts = [None if self._texts[row] is not None else _facts(columns, row) for row in range(table.num_rows)]
+
+    def crops(self, rows: np.ndarray) -> np.ndarray:
+        """The crops of these photos: uint8 (B, S, S, 3)."""
+        return np.asarray(self._crops[self._rows[rows]])
+
+    def text(self, row: int, seed: int) -> str:
+        """What a person wrote, or a text composed from the facts in a wording drawn by `seed`."""
+        text, facts = self._texts[row], self.facts[row]
+        if text is not None or facts is None:
+            return text or ""
+        return compose(facts, seed)
+
+    def question(self, row: int, told: bool) -> str:
+        """What to ask of a photo, with its facts or without."""
+        facts = self.facts[row]
+        return QUESTION_WITH_FACTS.format(facts=tell(facts)) if told and facts is not None else QUESTION
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+
+def _facts(columns: dict[str, list[Any]], row: int) -> Facts:
+    return Facts(
+        {name: columns[f"attribute_{name}"][row] for name in ATTRIBUTES},
+        {name: columns[f"scene_{name}"][row] for name in SCENES},
+        columns["measured_brightness"][row],
+    )
+
+
+def learn(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model with what shall learn marked: an adapter and the connector, or everything; the vision as planned."""
+    if plan.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=plan.lora_rank,
+            lora_alpha=2 * plan.lora_rank,
+            target_modules=r".*text_model.*\.(q_proj|v_proj)",  # Hu et al. 2021 (LoRA), section 4.2
+            modules_to_save=["connector"],
+        )
+        return get_peft_model(model, lora)  # type: ignore[no-any-return, arg-type]
+    for name, value in model.named_parameters():
+        value.requires_grad_("vision_model" not in name or plan.vision_lr > 0)
+    return model
+
+
+def train_worker(config: dict[str, Plan]) -> None:
+    """Train by `config["plan"]`; goes on from the run's newest checkpoint."""
+    plan = config["plan"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(plan.seed)
+    base, tokenizer = load_captioner(Path(plan.base), torch.device("cpu"), torch.float32)
+    network = learn(base, plan).to(device)
+    how = captioner_preprocess(plan.base)
+    data = Captions(plan.data)
+    model = ray.train.torch.prepare_model(network)
+
+    learning = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    groups = [
+        {"params": [v for n, v in learning.items() if ("vision_model" in n) == vision and (v.ndim > 1) == wide],
+         "lr": plan.vision_lr if vision else plan.lr, "weight_decay": plan.weight_decay if wide else 0.0}
+        for vision in (False, True) for wide in (False, True)
+    ]  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=plan.steps, pct_start=_RISING)
+    history = _resume(learning, optimizer, schedule, device)
+    dtype = pick_dtype(device)
+
+    def loss_of(rows: np.ndarray, seeds: np.ndarray, flip: bool, told: np.ndarray) -> torch.Tensor:
+        batch = _batch(data, tokenizer, base.config, rows, seeds, told)
+        pixels = to_input(data.crops(rows), how, device, torch.float32)
+        if flip:
+            mirrored = torch.from_numpy(seeds % 2 == 0).to(device)
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            result = (model if flip else network)(pixel_values=pixels.unsqueeze(1), **batch)
+        return result.loss  # type: ignore[no-any-return]
+
+    train = np.flatnonzero(data.split == "train")
+    validation = np.flatnonzero(data.split == "validation")
+    validation = np.sort(np.random.default_rng(plan.seed).permutation(validation)[:_VALIDATION_PHOTOS])
+    batch_size = max(1, plan.batch_size // world)
+    first = int(history[-1]["step"]) if history else 0
+    losses: list[float] = []
+    started = time.monotonic()
+    for step in range(first, plan.steps):
+        # Drawn from the step's own seed, a resumed step is the one that was interrupted.
+        rng = np.random.default_rng((plan.seed, step, rank))
+        rows = np.sort(rng.choice(train, batch_size))
+        network.train()
+        loss = loss_of(rows, rng.integers(0, 2**31, batch_size), True, rng.random(batch_size) < plan.told_share)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(learning.values()), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        done = step + 1
+        if done % plan.checkpoint_steps and done != plan.steps:
+            continue
+        if not np.isfinite(losses).all():  # the losses of this worker; a gradient that is not finite reaches all
+            raise FloatingPointError(f"a loss that is not finite before step {done}")
+        if rank:
+            ray.train.report({})  # the first worker speaks for all
+        else:
+            network.eval()
+            line = {"step": done, "train_loss": float(np.mean(losses))}
+            line["photos_per_s"] = (done - first) * batch_size * world / (time.monotonic() - started)
+            line["validation_loss"] = _validate(loss_of, validation, batch_size)
+            history.append(line)
+            _report(learning, optimizer, schedule, history, plan.progress)
+        losses = []
+        if plan.stop_after_step is not None and done >= plan.stop_after_step:
+            return
+
+
+@torch.no_grad()
+def _validate(loss_of: Any, rows: np.ndarray, batch_size: int) -> float:
+    """Mean loss of photos that are not trained on, each with one fixed wording and no facts told."""
+    sums = 0.0
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        sums += len(part) * float(loss_of(part, part, False, np.zeros(len(part), dtype=bool)))
+    return sums / max(1, len(rows))
+
+
+def _batch(
+    data: Captions, tokenizer: Any, config: Any, rows: np.ndarray, seeds: np.ndarray, told: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """Tokens (B, L), padded on the right; labels are the answers' tokens, `_IGNORED` elsewhere."""
+    parts = []
+    for row, seed, is_told in zip(rows.tolist(), seeds.tolist(), told.tolist(), strict=True):
+        asked = tokenizer(prompt(data.question(row, is_told), config), add_special_tokens=False).input_ids
+        said = tokenizer(answer(data.text(row, seed)), add_special_tokens=False).input_ids
+        parts.append((asked, said))
+    length = max(len(asked) + len(said) for asked, said in parts)
+    tokens = torch.full((len(parts), length), tokenizer.pad_token_id)
+    labels = torch.full((len(parts), length), _IGNORED)
+    mask = torch.zeros((len(parts), length), dtype=torch.long)
+    for index, (asked, said) in enumerate(parts):
+        end = len(asked) + len(said)
+        tokens[index, :end] = torch.tensor(asked + said)
+        labels[index, len(asked) : end] = torch.tensor(said)
+        mask[index, :end] = 1
+    return {"input_ids": tokens, "labels": labels, "attention_mask": mask}
+
+
+def _report(
+    learning: dict[str, nn.Parameter], optimizer: Any, schedule: Any, history: list[dict[str, float]],
+    progress: str | None,
+) -> None:  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({key: value.detach().cpu().contiguous() for key, value in learning.items()}, folder / WEIGHTS)
+        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / OPTIMIZER)
+        (folder / PROGRESS).write_text(json.dumps(history), "utf-8")
+        ray.train.report(history[-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
+    if progress is not None:
+        with Path(progress).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(history[-1]) + "\n")
+
+
+def load_weights(learning: dict[str, nn.Parameter], path: Path, device: str) -> None:
+    """Put a checkpoint's weights into what learns."""
+    saved = load_file(path, device=device)
+    with torch.no_grad():
+        for name, value in learning.items():
+            value.copy_(saved[name])
+
+
+def _resume(
+    learning: dict[str, nn.Parameter], optimizer: Any, schedule: Any, device: torch.device
+) -> list[dict[str, float]]:
+    """Load the run's newest checkpoint, if there is one; the lines of its history."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return []
+    with checkpoint.as_directory() as name:
+        folder = Path(name)
+        load_weights(learning, folder / WEIGHTS, str(device))
+        state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+        history: list[dict[str, float]] = json.loads((folder / PROGRESS).read_text("utf-8"))
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return history
