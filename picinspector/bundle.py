@@ -9,6 +9,7 @@
     <bundle>/scorer/         LightGBM text model and its spec          \\  both, or
     <bundle>/attributes/     head as safetensors and its spec          /  zero_shot
     <bundle>/zero_shot/      embedded antonym prompts
+    <bundle>/captioner/      SmolVLM as a transformers folder          optional
 
 Weights are safetensors or LightGBM text only, and a piece's hashes are checked before it is loaded.
 """
@@ -27,12 +28,14 @@ from picinspector.errors import BundleError
 from picinspector.zeroshot import write_prompts
 
 MANIFEST = "bundle.json"
-PIECES = ("clip", "dinov2", "scorer", "attributes", "zero_shot")
+PIECES = ("clip", "dinov2", "scorer", "attributes", "zero_shot", "captioner")
 
 #: Raise when a change of code changes what decode, crop, measure or encode give for the same bytes and weights.
 ENCODE_VERSION = 1
 #: Raise when a change of code changes scores for the same embeddings and models.
-SCORE_VERSION = 2
+SCORE_VERSION = 3
+#: Raise when a change of code changes captions for the same photos and models.
+CAPTION_VERSION = 1
 
 _PACKAGED = Path(__file__).parent / "bundles"
 
@@ -92,17 +95,27 @@ class Bundle:
         pieces = ("scorer", "attributes") if self.has("scorer") else ("zero_shot",)
         return self._fingerprint(pieces, f"score {SCORE_VERSION} {self.encoder_fingerprint}")
 
+    @property
+    def caption_fingerprint(self) -> str:
+        """Hash of all that determines a caption: the captioner, the heads it is held against, `CAPTION_VERSION`."""
+        pieces = ("captioner", "attributes")
+        return self._fingerprint(pieces, f"caption {CAPTION_VERSION} {self.encoder_fingerprint}")
+
     def _fingerprint(self, pieces: tuple[str, ...], code: str) -> str:
         parts = sorted(f"{path} {digest}" for path, digest in self.files.items() if path.split("/")[0] in pieces)
         return hashlib.sha256("\n".join([code, *parts]).encode()).hexdigest()[:16]
 
-    def expect(self, encoder: str | None = None, scorer: str | None = None) -> None:
+    def expect(self, encoder: str | None = None, scorer: str | None = None, caption: str | None = None) -> None:
         """Check the fingerprints against those of the machine that planned the run; None takes any.
 
         Raises:
             BundleError: this node has another bundle under the same name.
         """
-        for wanted, found in ((encoder, self.encoder_fingerprint), (scorer, self.scorer_fingerprint)):
+        for wanted, found in (
+            (encoder, self.encoder_fingerprint),
+            (scorer, self.scorer_fingerprint),
+            (caption, self.caption_fingerprint),
+        ):
             if wanted is not None and wanted != found:
                 raise BundleError(
                     f"{self.folder} on this node has fingerprint {found}, the run was planned with {wanted}: install "

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +41,14 @@ StorageOptions = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Do at most this many photos.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else Ray on this machine.")]
 _INTERRUPTED = 130
+
+
+class Captions(StrEnum):
+    """Which photos `score` describes."""
+
+    all = "all"
+    none = "none"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
@@ -98,6 +107,7 @@ def score(
     library: Library,
     out: Out,
     bundle: BundleRef = "builtin",
+    captions: Annotated[Captions, typer.Option(help="Describe every photo, or none.")] = Captions.none,
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     as_json: Json = False,
@@ -121,6 +131,7 @@ def score(
         storage_options=_parse_options(storage_options),
         limit=limit,
         limits=Limits(max_bytes=int(max_megabytes * 1024**2), max_pixels=int(max_megapixels * 1e6)),
+        captions=captions is Captions.all,
         encoders=encoders,
         gpus_per_encoder=gpus_per_encoder,
         batch_size=batch_size,
@@ -153,6 +164,31 @@ def rescore(
         show_progress=not quiet,
     )
     return _report(pipeline.rescore(dest, options), as_json)
+
+
+@app.command()
+def caption(
+    dest: Table,
+    best: Annotated[int | None, typer.Option(min=1, help="So many of the best photos.")] = None,
+    worst: Annotated[int | None, typer.Option(min=1, help="So many of the worst photos.")] = None,
+    where: Annotated[str | None, typer.Option(metavar="SQL", help="Condition over the scores, DuckDB's SQL.")] = None,
+    bundle: BundleRef = "builtin",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    storage_options: StorageOptions = None,
+    address: Address = None,
+) -> int:
+    """Describe photos of DEST in words: all that are scored, or a choice of them. Reads their pixels again."""
+    from picinspector import pipeline
+    from picinspector.tables import Choice
+
+    options = pipeline.Options(
+        bundle=_bundle_path(bundle),
+        storage_options=_parse_options(storage_options),
+        address=address,
+        show_progress=not quiet,
+    )
+    return _report(pipeline.caption(dest, Choice(best, worst, where), options), as_json)
 
 
 def _report(record: dict[str, Any], as_json: bool) -> int:
@@ -203,6 +239,49 @@ def inspect(
     else:
         print(_judgement_text(row))
     return 0 if row["error_kind"] is None else 3 if row["error_kind"] in errors.TRANSIENT_KINDS else 1
+
+
+@app.command()
+def critique(
+    dest: Table,
+    critic_url: Annotated[
+        str, typer.Option(metavar="URL", help="OpenAI-compatible API, like https://api.openai.com/v1.")
+    ],
+    critic_model: Annotated[str, typer.Option(metavar="NAME", help="A model of it that sees pictures.")],
+    best: Annotated[int | None, typer.Option(min=1, metavar="N", help="The N best photos.")] = None,
+    worst: Annotated[int | None, typer.Option(min=1, metavar="N", help="The N worst photos.")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help="Of the photos for which this holds, e.g. \"scene = 'human'\".")
+    ] = None,
+    max_cost: Annotated[float | None, typer.Option(metavar="USD", help="Stop before this is exceeded.")] = None,
+    price_in: Annotated[float | None, typer.Option(metavar="USD", help="Per million prompt tokens.")] = None,
+    price_out: Annotated[float | None, typer.Option(metavar="USD", help="Per million answer tokens.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer; models that think first need more.")] = 1000,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds for one answer.")] = 60.0,
+    retries: Annotated[int, typer.Option(min=0, max=10, help="After failures that may pass.")] = 2,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 4,
+    again: Annotated[bool, typer.Option("--again", help="Also photos that this model has criticised.")] = False,
+    as_json: Json = False,
+    storage_options: StorageOptions = None,
+) -> int:
+    """Have a remote model criticise some photos of DEST; sends them there. The key is in PICINSPECTOR_CRITIC_KEY."""
+    from picinspector import chat, critic
+    from picinspector.tables import Destination
+
+    options = _parse_options(storage_options)
+    prices = chat.Prices(price_in, price_out, max_cost)
+    key = chat.key_from_environment()
+    endpoint = chat.Endpoint(critic_url, critic_model, key, timeout, retries, concurrency, max_tokens)
+    destination = Destination(dest, options)
+    rows = critic.select(destination, best, worst, where)
+
+    def show(done: int, to_do: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rcritique: {done:,} of {to_do:,} photos", end="\n" if done == to_do else "", file=sys.stderr)
+
+    record = critic.critique(destination, rows, endpoint, prices, again, options, on_row=show)
+    print(json.dumps(record, indent=2, default=str) if as_json else _critique_text(record))
+    return 3 if record["counts"]["failed_transient"] else 0
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------
@@ -332,6 +411,8 @@ def _record_text(record: dict[str, Any]) -> str:
         f"in {record['seconds']['total']:,.1f} s ({record['photos_per_s']:,.1f}/s)",
         *(f"  {kind}: {number:,}" for kind, number in counts["errors_by_kind"].items()),
     ]
+    if captions := counts["captions_by_source"]:
+        lines.append("captions: " + ", ".join(f"{number:,} {source}" for source, number in captions.items()))
     if record["bundle"]["scorer_kind"] == "zero_shot":
         lines.append("scores are zero-shot (scorer_kind = zero_shot): no scorer has been trained for this bundle")
     if counts["failed_transient"]:
@@ -348,6 +429,8 @@ def _ratings_text(report: dict[str, Any]) -> str:
         lines.append(f"{report['missing']:,} ratings of photos that are not in these tables, left out: {examples}")
     if report["unreadable"]:
         lines.append(f"{report['unreadable']:,} photos could not be read for their rating")
+    if report["different_photos"] < report["rated"]:
+        lines.append(f"near-duplicates counted once, {report['different_photos']:,}; the check keeps them together")
     lines += [
         "agreement with the ratings (SRCC; 1 is the same order, 0 none)",
         f"  {report['srcc']!s:>6}  the new scorer, cross-validated ({low} to {high}); from {report['method']}",
@@ -366,6 +449,29 @@ def _judgement_text(row: dict[str, Any]) -> str:
     facts = [f"{name} {value}" for name, value in row["facts"].items() if value is not None and name != "phash"]
     lines.append(f"facts    {', '.join(facts)}")
     lines.append("measured " + ", ".join(f"{name} {value:.3g}" for name, value in row["measurements"].items()))
+    return "\n".join(lines)
+
+
+def _critique_text(record: dict[str, Any]) -> str:
+    lines = []
+    for row in record["rows"]:
+        if row["error_kind"]:
+            lines.append(f"   -  {_one_line(row['uri'])}: {row['error_kind']}: {row['error_message']}\n")
+            continue
+        lines.append(f"{row['critic_score']:>4.1f}  {_one_line(row['uri'])}\n      {row['description']}")
+        for sign, name in (("+", "strengths"), ("-", "problems"), (">", "suggestions")):
+            lines += [f"    {sign} {text}" for text in row[name]]
+        lines.append("")
+    counts, cost = record["counts"], record["cost_usd"]
+    lines.append(
+        f"{counts['critiqued']:,} photos criticised by {record['model']}, {counts['failed']:,} failed, "
+        f"{counts['unchanged']:,} done before, in {record['seconds']:,.1f} s"
+    )
+    lines += [f"  {kind}: {number:,}" for kind, number in counts["errors_by_kind"].items()]
+    price = "" if cost is None else f", ${cost:,.4f}"
+    lines.append(f"{record['tokens_in']:,} prompt and {record['tokens_out']:,} answer tokens{price}")
+    if record["critique_id"]:
+        lines.append(f"written to {record['destination']}/critiques/critique_id={record['critique_id']}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 ::
 
     list -> anti-join with what is committed -> manifest
-    manifest   -> read_photos (CPU tasks) -> Encode (actor pool) -> embeddings
+    manifest   -> read_photos (CPU tasks) -> Encode (actor pool) [-> Caption (actor pool)] -> embeddings
     embeddings -> Score (CPU actor pool)  -> scores
     rows checked against the manifest -> run.json: committed
 """
@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,10 +27,10 @@ from picinspector.errors import FINAL_KINDS, UsageError
 from picinspector.manifest import list_library
 from picinspector.photo import Limits
 from picinspector.progress import progress
-from picinspector.stages.read import crops_of, read_photos
+from picinspector.stages.read import caption_crop, crops_of, read_photos
 from picinspector.stages.score import Score, score_columns
 from picinspector.storage import StorageOptions, redact
-from picinspector.tables import Destination
+from picinspector.tables import Choice, Destination, choose
 
 #: Rows of one Parquet file at least, where there are as many: about 30 MB of embeddings.
 _ROWS_PER_FILE = 8192
@@ -47,6 +47,7 @@ class Options:
         storage_options: fsspec options of the library and the destination.
         limit: photos to do at most.
         limits: what a photo may cost.
+        captions: whether `score` describes the photos it embeds.
         encoders, gpus_per_encoder, batch_size: see `runs.Pools`.
         address: the Ray cluster; None takes `RAY_ADDRESS`, else starts Ray on this machine.
         show_progress: one progress line on stderr.
@@ -56,6 +57,7 @@ class Options:
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     limit: int | None = None
     limits: Limits = field(default_factory=Limits)
+    captions: bool = False
     encoders: int | None = None
     gpus_per_encoder: float | None = None
     batch_size: int | None = None
@@ -99,6 +101,8 @@ def score(library: str, destination: str, options: Options = Options()) -> dict[
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
     bundle, dest, record = _begin("score", destination, options, library)
+    if options.captions:
+        _need_captioner(bundle)
     started, run_id, seconds = time.monotonic(), record["run_id"], record["seconds"]
     listing = _Listing(library, dest, bundle, options)
     total = dest.write_manifest(run_id, listing.to_do())
@@ -107,12 +111,12 @@ def score(library: str, destination: str, options: Options = Options()) -> dict[
     if total:
         dest.check_manifest(run_id, total)
         runs.connect(options.address)
-        pools = runs.size_pools(total, options.encoders, options.gpus_per_encoder, options.batch_size)
+        pools = _size_pools(total, options, options.captions)
         record["pools"] = asdict(pools)
         seconds["embed"], record["embed_photos_per_s"] = _embed(dest, run_id, bundle, options, pools, total)
         seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total)
     seconds["total"] = time.monotonic() - started
-    dest.commit(runs.finish_record(record, dest.errors_by_kind(run_id)))
+    dest.commit(runs.finish_record(record, dest.tally("error_kind", run_id), dest.tally("caption_source", run_id)))
     return record
 
 
@@ -136,8 +140,58 @@ def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
         rows = stale.select(["run_id", "image_id"])
         seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total, rows)
     seconds["total"] = time.monotonic() - started
-    dest.commit(runs.finish_record(record, dest.errors_by_kind(run_id)))
+    dest.commit(runs.finish_record(record, dest.tally("error_kind", run_id), dest.tally("caption_source", run_id)))
     return record
+
+
+def caption(destination: str, choice: Choice, options: Options = Options()) -> dict[str, Any]:
+    """Describe photos that are scored already: their pixels are read once more, their embeddings are not made again.
+
+    The rows chosen are written anew, with their captions, to both tables.
+
+    Args:
+        destination: where `score` wrote.
+        choice: which of its photos.
+        options: `limit` is of no use here: `choice` has one.
+
+    Returns:
+        the run record, committed to the destination.
+
+    Raises:
+        PicInspectorError: nothing was committed; running the same command again is safe.
+    """
+    bundle, dest, record = _begin("caption", destination, options, None)
+    _need_captioner(bundle)
+    started, run_id, seconds = time.monotonic(), record["run_id"], record["seconds"]
+    listed, stale = _stale(dest, bundle)
+    if stale.num_rows:
+        raise UsageError(
+            f"{dest.url}: {stale.num_rows} photos have no score of bundle {bundle.name} {bundle.version}, and captions "
+            "are held against its heads; run `picinspector rescore` with this bundle first"
+        )
+    rows = _chosen(dest, choose(dest, choice), bundle)
+    total = dest.write_manifest(run_id, iter([rows.select(schema.MANIFEST.names)] if rows.num_rows else []))
+    record["counts"] |= {"listed": listed, "unchanged": listed - total, "to_do": total}
+    seconds["list"] = time.monotonic() - started
+    if total:
+        runs.connect(options.address)
+        pools = _size_pools(total, options, captions=True)
+        record["pools"] = asdict(pools)
+        keys = rows.select(["run_id", "image_id"])
+        seconds["caption"], record["caption_photos_per_s"] = _caption(dest, run_id, bundle, options, pools, total, keys)
+        seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total)
+    seconds["total"] = time.monotonic() - started
+    dest.commit(runs.finish_record(record, dest.tally("error_kind", run_id), dest.tally("caption_source", run_id)))
+    return record
+
+
+def _need_captioner(bundle: Bundle) -> None:
+    if not bundle.has("captioner"):
+        raise UsageError(f"bundle {bundle.name} {bundle.version} has no captioner; use another, or --captions none")
+
+
+def _size_pools(total: int, options: Options, captions: bool) -> runs.Pools:
+    return runs.size_pools(total, options.encoders, options.gpus_per_encoder, options.batch_size, captions)
 
 
 def _begin(
@@ -162,14 +216,15 @@ def _embed(
     from picinspector.stages.encode import Encode  # loads torch, which nothing else on the driver needs
 
     started = time.monotonic()
+    column = next(iter(caption_crop(bundle))) if options.captions else None
     with progress("embed", total, options.show_progress) as report:
-        (
+        rows = (
             ray.data.read_parquet(dest.files(dest.manifest_path(run_id)), filesystem=dest.filesystem, partitioning=None)
             .repartition(target_num_rows_per_block=pools.block_rows)
             .map_batches(
                 read_photos,
                 fn_kwargs={
-                    "crops": crops_of(bundle),
+                    "crops": crops_of(bundle, options.captions),
                     "limits": options.limits,
                     "storage_options": StorageOptions(options.storage_options),
                 },
@@ -183,8 +238,9 @@ def _embed(
                 fn_constructor_kwargs={
                     "bundle": options.bundle,
                     "threads": None if pools.gpus else pools.cpus,
-                    "report": report,
+                    "report": report if column is None else None,  # a photo is done when it is past the last stage
                     "fingerprint": bundle.encoder_fingerprint,
+                    "keep": column,
                 },
                 batch_size=pools.batch_size,
                 batch_format="pyarrow",
@@ -192,14 +248,72 @@ def _embed(
                 num_cpus=pools.cpus,
                 num_gpus=pools.gpus,
             )
-            .write_parquet(
+        )
+        if column is not None:
+            rows = _add_captions(rows, column, bundle, options, pools, report)
+        rows.write_parquet(
+            dest.table_path("embeddings", run_id),
+            filesystem=dest.filesystem,
+            min_rows_per_file=min(_ROWS_PER_FILE, total),
+        )
+    dest.check_rows("embeddings", run_id, total)
+    return time.monotonic() - started, round(report.rate, 3)
+
+
+def _caption(
+    dest: Destination, run_id: str, bundle: Bundle, options: Options, pools: runs.Pools, total: int, keys: pa.Table
+) -> tuple[float, float]:
+    """Stored embeddings (run_id, image_id) to new rows with captions, checked; returns seconds and photos a second."""
+    from picinspector.stages.caption import read_again  # loads torch
+
+    started, crops = time.monotonic(), caption_crop(bundle)
+    with progress("caption", total, options.show_progress) as report:
+        for _, rows in _stored(dest, keys, None):
+            read = (
+                rows.map_batches(_with_caption_columns, batch_size=None, batch_format="pyarrow")
+                .repartition(target_num_rows_per_block=pools.block_rows)
+                .map_batches(
+                    read_again,
+                    fn_kwargs={
+                        "crops": crops,
+                        "limits": options.limits,
+                        "storage_options": StorageOptions(options.storage_options),
+                    },
+                    batch_size=None,
+                    batch_format="pyarrow",
+                    compute=ray.data.TaskPoolStrategy(size=pools.readers),
+                    num_cpus=1,
+                )
+            )
+            _add_captions(read, next(iter(crops)), bundle, options, pools, report).write_parquet(
                 dest.table_path("embeddings", run_id),
                 filesystem=dest.filesystem,
                 min_rows_per_file=min(_ROWS_PER_FILE, total),
             )
-        )
     dest.check_rows("embeddings", run_id, total)
     return time.monotonic() - started, round(report.rate, 3)
+
+
+def _add_captions(
+    rows: ray.data.Dataset, column: str, bundle: Bundle, options: Options, pools: runs.Pools, report: Any
+) -> ray.data.Dataset:
+    from picinspector.stages.caption import Caption  # loads torch
+
+    return rows.map_batches(
+        Caption,
+        fn_constructor_kwargs={
+            "bundle": options.bundle,
+            "column": column,
+            "threads": None if pools.gpus else pools.cpus,
+            "report": report,
+            "fingerprint": bundle.caption_fingerprint,
+        },
+        batch_size=pools.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pools.captioners),
+        num_cpus=1,
+        num_gpus=pools.gpus,
+    )
 
 
 def _score(
@@ -210,18 +324,9 @@ def _score(
     Of this run's embeddings; or, where `stale` (run_id, image_id) is given, of those rows of earlier runs.
     """
     started = time.monotonic()
-    source_ids = [run_id] if stale is None else sorted(set(stale.column("run_id").to_pylist()))
+    keys = stale if stale is not None else pa.table({"run_id": [run_id]})
     with progress("score", total, options.show_progress) as report:
-        for group in dest.runs_of_one_width(source_ids):
-            rows = ray.data.read_parquet(
-                [file for source_id in group for file in dest.files(dest.table_path("embeddings", source_id))],
-                filesystem=dest.filesystem,
-                columns=score_columns(bundle) if stale is None else [*score_columns(bundle), "run_id"],
-                partitioning=None if stale is None else ray.data.datasource.Partitioning("hive"),
-            )
-            if stale is not None:
-                keys = ray.put(_row_keys(stale).combine_chunks())
-                rows = rows.map_batches(_keep_rows, fn_args=(keys,), batch_size=None, batch_format="pyarrow")
+        for _, rows in _stored(dest, keys, score_columns(bundle)):
             rows.map_batches(
                 Score,
                 fn_constructor_kwargs={
@@ -242,8 +347,42 @@ def _score(
     return time.monotonic() - started, round(report.rate, 3)
 
 
+def _stored(
+    dest: Destination, keys: pa.Table, columns: Sequence[str] | None
+) -> Iterator[tuple[pa.Schema, ray.data.Dataset]]:
+    """Stored embeddings as datasets of one schema each.
+
+    Args:
+        dest: where they are.
+        keys: `run_id`, `image_id` of the rows; without `image_id` all rows of those runs.
+        columns: those of them that are there; None reads all.
+    """
+    for found, run_ids in dest.runs_of_one_schema(sorted(set(keys.column("run_id").to_pylist()))):
+        names = [name for name in columns if name in found.names] if columns is not None else found.names
+        chosen = "image_id" in keys.column_names
+        rows = ray.data.read_parquet(
+            [file for run_id in run_ids for file in dest.files(dest.table_path("embeddings", run_id))],
+            filesystem=dest.filesystem,
+            columns=[*names, "run_id"] if chosen else names,
+            partitioning=ray.data.datasource.Partitioning("hive") if chosen else None,
+        )
+        if chosen:
+            wanted = ray.put(_row_keys(keys).combine_chunks())
+            rows = rows.map_batches(_keep_rows, fn_args=(wanted,), batch_size=None, batch_format="pyarrow")
+        yield found, rows
+
+
 def _keep_rows(rows: pa.Table, keys: ray.ObjectRef) -> pa.Table:
     return rows.filter(pc.is_in(_row_keys(rows), value_set=ray.get(keys))).drop_columns(["run_id"])
+
+
+def _with_caption_columns(rows: pa.Table) -> pa.Table:
+    """Rows of any version of the embeddings table as this version has them, without captions."""
+    widths = (rows.schema.field(f"{name}_embedding").type.list_size for name in ("clip", "dinov2"))
+    wanted = schema.embeddings(*widths)
+    fresh = {*schema.CAPTION.names, "caption_error", "caption_fingerprint"}
+    columns = [pa.nulls(rows.num_rows, part.type) if part.name in fresh else rows.column(part.name) for part in wanted]
+    return pa.table(columns, schema=wanted)
 
 
 def _row_keys(rows: pa.Table) -> pa.ChunkedArray:
@@ -337,6 +476,13 @@ def _done(dest: Destination, bundle: Bundle) -> pa.Table:
                 f"{bundle.version}, and one ranking must have one; run `picinspector rescore` with this bundle first"
             )
         return connection.sql("SELECT image_id FROM done").to_arrow_table()
+
+
+def _chosen(dest: Destination, images: pa.Table, bundle: Bundle) -> pa.Table:
+    """Manifest columns and `run_id` of the newest embeddings rows of these images, those left out that failed."""
+    latest = dest.latest("embeddings", [*schema.MANIFEST.names, "run_id", "error_kind"])
+    mine = pc.is_in(latest.column("image_id"), value_set=images.column("image_id").combine_chunks())
+    return latest.filter(pc.and_(mine, pc.is_null(latest.column("error_kind"))))
 
 
 def _stale(dest: Destination, bundle: Bundle) -> tuple[int, pa.Table]:

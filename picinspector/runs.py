@@ -95,6 +95,7 @@ class Pools:
         batch_size: photos of one encoder call.
         block_rows: photos of one read task.
         readers: read tasks at once, at most; None lets Ray Data decide, which on two cores starts too many.
+        captioners: actors in the caption pool, at most; 0 without captions. Each has the GPUs of an encoder.
     """
 
     encoders: int
@@ -103,25 +104,33 @@ class Pools:
     batch_size: int
     block_rows: int
     readers: int | None
+    captioners: int = 0
 
 
 def size_pools(
-    rows: int, encoders: int | None = None, gpus_per_encoder: float | None = None, batch_size: int | None = None
+    rows: int,
+    encoders: int | None = None,
+    gpus_per_encoder: float | None = None,
+    batch_size: int | None = None,
+    captions: bool = False,
 ) -> Pools:
     """Pools for this many photos on the connected cluster; what is given is taken, the rest worked out.
 
     With GPUs: one encoder a GPU, the CPUs read. Without: encoders of up to eight threads on up to three quarters of the
     cores. Reading happens in blocks of 64 photos: small enough to start encoding early and to lose little with a node.
     Nobody can see what an autoscaler may still add: for a cluster that rests, `encoders` and `gpus_per_encoder` say it.
+    With captions each GPU has one captioner beside its encoder, and on the CPU there are as many of both.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     logical = [int(node.get("CPU", 0)) for node in nodes]
     # A Ray on one machine may count more CPUs than it has; a cluster's counts are what it was told.
     cores = [min(logical[0], _cores())] if len(nodes) == 1 else logical
     all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    gpus = gpus_per_encoder if gpus_per_encoder is not None else (1.0 if all_gpus else 0.0)
+    whole = 0.5 if captions else 1.0
+    gpus = gpus_per_encoder if gpus_per_encoder is not None else (whole if all_gpus else 0.0)
     if gpus:
-        cpus, fitting = 1, int(max(all_gpus, gpus) / gpus)
+        share = 2 * gpus if captions else gpus
+        cpus, fitting = 1, max(1, int(all_gpus / share))
     else:
         # Two CPUs of a node stay free for the tasks that read and write beside its encoders.
         cpus = max(1, min(8, max(cores), max(logical) - 2))
@@ -129,7 +138,9 @@ def size_pools(
     batch = batch_size or (128 if gpus else 32)
     even = -(-rows // (2 * max(1, sum(cores))))
     block = max(8, min(max(64, batch), even))
-    return Pools(encoders or fitting, gpus, cpus, batch, block, sum(cores) if _started_here else None)
+    actors = encoders or fitting
+    readers = sum(cores) if _started_here else None
+    return Pools(actors, gpus, cpus, batch, block, readers, actors if captions else 0)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -177,14 +188,23 @@ def new_record(kind: str, bundle: Bundle, destination: str, library: str | None)
     }
 
 
-def finish_record(record: dict[str, Any], errors_by_kind: Mapping[str, int]) -> dict[str, Any]:
-    """The record of a run whose tables are whole: counts, speed, environment, outcome."""
+def finish_record(
+    record: dict[str, Any], errors_by_kind: Mapping[str, int], captions: Mapping[str, int]
+) -> dict[str, Any]:
+    """The record of a run whose tables are whole: counts, speed, environment, outcome.
+
+    Args:
+        record: from `new_record`.
+        errors_by_kind: how many photos failed for which reason.
+        captions: how many have a caption from which source.
+    """
     counts = record["counts"]
     failed = sum(errors_by_kind.values())
-    # Rescoring carries errors over from the run that read the photos: it has none of its own to try again.
-    passing = 0 if record["kind"] == "rescore" else sum(errors_by_kind.get(kind, 0) for kind in TRANSIENT_KINDS)
+    # The others carry errors over from the run that read the photos: they have none of their own to try again.
+    passing = 0 if record["kind"] != "score" else sum(errors_by_kind.get(kind, 0) for kind in TRANSIENT_KINDS)
     counts |= {"scored": counts["to_do"] - failed, "failed": failed, "failed_transient": passing}
     counts["errors_by_kind"] = dict(errors_by_kind)
+    counts["captions_by_source"] = dict(captions)
     record["seconds"] = {name: round(value, 3) for name, value in record["seconds"].items()}
     record["photos_per_s"] = round(counts["to_do"] / max(record["seconds"]["total"], 1e-9), 3)
     record["environment"] = describe_environment()

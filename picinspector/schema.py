@@ -97,6 +97,16 @@ _MEASURED = {
 MEASUREMENT_FIELDS = pa.schema([_field(f"measured_{name}", pa.float32(), _MEASURED[name]) for name in MEASUREMENTS])
 
 
+#: What a caption's words are from: the model; the model's second try, told the facts; the facts alone.
+CAPTION_SOURCES = ("model", "model_retry", "composed")
+CAPTION = pa.schema(
+    [
+        _field("caption", pa.string(), "the photo's quality in one to three sentences; null where none was asked for"),
+        _field("caption_source", pa.string(), f"where its words are from: {', '.join(CAPTION_SOURCES)}"),
+    ]
+)
+
+
 def embeddings(clip_dim: int, dinov2_dim: int) -> pa.Schema:
     """Schema of the embeddings table for encoders of these output widths."""
     return pa.schema(
@@ -107,6 +117,9 @@ def embeddings(clip_dim: int, dinov2_dim: int) -> pa.Schema:
             _field("clip_embedding", pa.list_(pa.float16(), clip_dim), "CLIP image embedding, L2-normalised"),
             _field("dinov2_embedding", pa.list_(pa.float16(), dinov2_dim), "DINOv2 embedding, L2-normalised"),
             _field("encoder_fingerprint", pa.string(), "hash of all that determines the embeddings", False),
+            *CAPTION,
+            _field("caption_error", pa.string(), "why the captioner could not see the photo again; null where it did"),
+            _field("caption_fingerprint", pa.string(), "hash of all that determines the caption; null without one"),
             *_ERROR,
         ]
     )
@@ -123,6 +136,8 @@ SCORES = pa.schema(
         *[_field(f"attribute_{name}", pa.float32(), f"SPAQ {name}, 0-100, high is good") for name in ATTRIBUTES],
         _field("scene", pa.string(), "the most probable of nine scenes"),
         *[_field(f"scene_{name}", pa.float32(), f"probability of {name}, 0-1") for name in SCENES],
+        *CAPTION,
+        _field("suggestions", pa.list_(pa.string()), "what would raise the score most, each with its evidence; 0 to 3"),
         _field("scorer_fingerprint", pa.string(), "hash of all that determines the scores", False),
         *_ERROR,
     ]

@@ -15,6 +15,7 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
+from picinspector import schema
 from picinspector.errors import StorageError, TableError, UsageError
 from picinspector.storage import is_local, open_filesystem, redact, to_photo_error
 
@@ -145,9 +147,34 @@ class Destination:
         if not files:
             return None
         dataset = pa.dataset.dataset(
-            files, filesystem=self.filesystem, format="parquet", partitioning=_BY_RUN, partition_base_dir=self.root
+            files,
+            schema=self._fields(files, columns),
+            filesystem=self.filesystem,
+            format="parquet",
+            partitioning=_BY_RUN,
+            partition_base_dir=self.root,
         )
         return dataset.scanner(columns=list(columns))
+
+    def _fields(self, files: Sequence[str], columns: Sequence[str]) -> pa.Schema:
+        """Columns as the newest files have them; an older version wrote fewer, whose rows are null there.
+
+        Raises:
+            UsageError: no file has one of them.
+        """
+        fields = {"run_id": pa.field("run_id", pa.string())}
+        for file in reversed(files):
+            if fields.keys() >= set(columns):
+                break
+            found = self._schema(file)
+            fields |= {name: found.field(name) for name in columns if name not in fields and name in found.names}
+        if missing := sorted(set(columns) - fields.keys()):
+            raise UsageError(f"{self.url}: an older version wrote these tables, without {missing[0]}: score them again")
+        return pa.schema([fields[name] for name in columns])
+
+    def _schema(self, file: str) -> pa.Schema:
+        with self.filesystem.open(file, "rb") as opened:
+            return pa.parquet.read_schema(opened)
 
     def latest(self, table: TableName, columns: Sequence[str]) -> pa.Table:
         """The newest committed row of each photo.
@@ -175,27 +202,28 @@ class Destination:
         """True if a committed run has written this table here."""
         return any(self.files(self.table_path(table, record["run_id"])) for record in self.runs())
 
-    def runs_of_one_width(self, run_ids: Sequence[str]) -> list[list[str]]:
-        """These runs in groups whose embeddings are equally wide: one reader takes one Arrow schema."""
-        groups: dict[pa.DataType, list[str]] = {}
-        for run_id in run_ids:
-            with self.filesystem.open(self.files(self.table_path("embeddings", run_id))[0], "rb") as file:
-                names = pa.parquet.read_schema(file)
-            width = pa.struct([names.field("clip_embedding"), names.field("dinov2_embedding")])
-            groups.setdefault(width, []).append(run_id)
-        return list(groups.values())
+    def runs_of_one_schema(self, run_ids: Sequence[str]) -> list[tuple[pa.Schema, list[str]]]:
+        """These runs in groups with one schema of embeddings each, which is what one reader takes.
 
-    def errors_by_kind(self, run_id: str) -> dict[str, int]:
-        """How many photos of a run failed for which reason, most first."""
-        source = self.scan("scores", [run_id], ["error_kind"])
+        Encoders differ in width, and older versions wrote fewer columns.
+        """
+        groups: dict[pa.Schema, list[str]] = {}
+        for run_id in run_ids:
+            found = self._schema(self.files(self.table_path("embeddings", run_id))[0]).remove_metadata()
+            groups.setdefault(found, []).append(run_id)
+        return list(groups.items())
+
+    def tally(self, column: Literal["error_kind", "caption_source"], run_id: str) -> dict[str, int]:
+        """How many photos of a run have which value in a column of the scores, most first; nulls are not counted."""
+        source = self.scan("scores", [run_id], [column])
         if source is None:
             return {}
         with duckdb.connect() as connection:
             connection.register("source", source)
             rows = connection.sql(
-                "SELECT error_kind, count(*) FROM source WHERE error_kind IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
+                f"SELECT {column}, count(*) FROM source WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
             ).fetchall()
-        return {str(kind): int(count) for kind, count in rows}
+        return {str(value): int(count) for value, count in rows}
 
     def check_manifest(self, run_id: str, expected: int) -> None:
         """Assert that a run's manifest names each image once.
@@ -239,6 +267,47 @@ class Destination:
                 f"{what} has {rows} rows, {distinct} distinct, for {expected} photos; the run was not committed: "
                 "run the same command again, and report this if it repeats"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which scored photos: one of the three, or all where none is given.
+
+    Attributes:
+        best, worst: so many with the highest, or lowest, `quality_score`.
+        where: an SQL condition over the columns of the scores table, in DuckDB's dialect.
+    """
+
+    best: int | None = None
+    worst: int | None = None
+    where: str | None = None
+
+
+def choose(dest: Destination, choice: Choice) -> pa.Table:
+    """The newest committed scores row of each photo chosen, all columns, best first; photos without a score left out.
+
+    Raises:
+        UsageError: more than one way was given, the condition is no SQL over this table, or nothing is scored here.
+    """
+    if sum(value is not None for value in (choice.best, choice.worst, choice.where)) > 1:
+        raise UsageError("give one of best, worst and where")
+    latest = dest.latest("scores", schema.SCORES.names)
+    order = "quality_score ASC, uri" if choice.worst is not None else "quality_score DESC, uri"
+    count = choice.best if choice.best is not None else choice.worst
+    limit = f"LIMIT {int(count)}" if count is not None else ""
+    with duckdb.connect(config={"enable_external_access": False}) as connection:  # SQL of the user, on this table only
+        connection.register("latest", latest)
+        try:
+            return connection.sql(
+                f"SELECT * FROM latest WHERE quality_score IS NOT NULL AND ({choice.where or 'true'}) "
+                f"ORDER BY {order} {limit}"
+            ).to_arrow_table()
+        except duckdb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(
+                f"--where {choice.where!r} is no condition over the scores ({reason}); write it like "
+                "\"scene = 'night' AND quality_score < 4\""
+            ) from error
 
 
 def best(dest: Destination, count: int) -> list[dict[str, Any]]:

@@ -409,8 +409,8 @@ def _sentence(clauses: Sequence[str], turn: str, pick: object) -> str:
 
 
 def is_fluent(text: str) -> bool:
-    """One to three sentences, ended, and no stretch of four words twice."""
+    """One to three sentences, ended, and no stretch of five words twice."""
     sentences = re.findall(r"[^.!?]+[.!?]", text)
     words = re.findall(r"\w+", text.lower())
-    stretches = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    stretches = list(zip(*(words[start:] for start in range(5)), strict=False))
     return 1 <= len(sentences) <= 3 and text[-1:] in ".!?" and len(set(stretches)) == len(stretches)

@@ -252,7 +252,8 @@ def test_scores_are_those_of_the_models(folder: Path, tmp_path: Path) -> None:
 
     # Only the columns that are asked for, as a rescore reads them.
     asked = score_columns(open_bundle(folder))
-    assert set(asked) == {*schema.MANIFEST.names, *read, "error_kind", "error_message"}
+    spoken_of = {*schema.FACTS.names, *schema.MEASUREMENT_FIELDS.names, *schema.CAPTION.names}
+    assert set(asked) == {*schema.MANIFEST.names, *read, *spoken_of, "error_kind", "error_message"}
     scored = [row for row in Score(str(folder))(embedded.select(asked)).to_pylist() if row["error_kind"] is None]
     assert [row["quality_low"] for row in scored] == pytest.approx(low.tolist(), abs=1e-5)
     assert [row["quality_high"] for row in scored] == pytest.approx(high.tolist(), abs=1e-5)

@@ -37,6 +37,7 @@ class Encode:
         threads: int | None = None,
         report: Report | None = None,
         fingerprint: str | None = None,
+        keep: str | None = None,
     ) -> None:
         """Load the encoders.
 
@@ -45,6 +46,7 @@ class Encode:
             threads: for the CPU; None leaves torch's own choice.
             report: called after each batch.
             fingerprint: what the driver's bundle has; another one here is another bundle.
+            keep: the column of crops that goes on to the captioner.
 
         Raises:
             BundleError: the bundle cannot be used, or is another than the driver's.
@@ -58,27 +60,29 @@ class Encode:
             Dinov2Encoder(opened.piece("dinov2")),
         )
         self._schema = schema.embeddings(*(encoder.dim for encoder in self._encoders))
-        self._fingerprint, self._report = opened.encoder_fingerprint, report
+        self._fingerprint, self._report, self._keep = opened.encoder_fingerprint, report, keep
 
     def __call__(self, photos: pa.Table) -> pa.Table:
-        """A table from `read_photos` to rows of `schema.embeddings`."""
+        """A table from `read_photos` to rows of `schema.embeddings`, without captions, and the crops to keep."""
         good = pc.is_null(photos.column("error_kind"))
         columns: dict[str, Any] = {
             name: photos.column(name) for name in photos.column_names if name not in CROP_COLUMNS
         }
         for name, target, encoder in zip(
-            CROP_COLUMNS, ("clip_embedding", "dinov2_embedding"), self._encoders, strict=True
+            CROP_COLUMNS, ("clip_embedding", "dinov2_embedding"), self._encoders, strict=False
         ):
-            crops = _pixels(photos.column(name), encoder.crop.crop_px)
+            crops = to_pixels(photos.column(name), encoder.crop.crop_px)
             values = encoder.encode(crops) if len(crops) else np.empty((0, encoder.dim), np.float16)
             columns[target] = _scatter(values, good)
         columns["encoder_fingerprint"] = pa.repeat(self._fingerprint, photos.num_rows)
         if self._report is not None:
             self._report(photos.num_rows, photos.num_rows - pc.sum(good, min_count=0).as_py())
-        return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+        empty = {part.name: pa.nulls(photos.num_rows, part.type) for part in self._schema}  # no captions yet
+        rows = pa.table([(empty | columns)[name] for name in self._schema.names], schema=self._schema)
+        return rows if self._keep is None else rows.append_column(self._keep, photos.column(self._keep))
 
 
-def _pixels(column: pa.ChunkedArray, side_px: int) -> np.ndarray:
+def to_pixels(column: pa.ChunkedArray, side_px: int) -> np.ndarray:
     """The valid crops of a binary column as uint8 (N, S, S, 3); without a copy where the column is one chunk."""
     chunks = []
     for chunk in column.chunks:

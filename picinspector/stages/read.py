@@ -13,7 +13,7 @@ from picinspector.bundle import Bundle
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.measure import measure
 from picinspector.photo import CropSpec, Limits, decode
-from picinspector.preprocess import clip_preprocess, dinov2_preprocess
+from picinspector.preprocess import captioner_preprocess, clip_preprocess, dinov2_preprocess
 from picinspector.stages import CROP_COLUMNS
 from picinspector.storage import StorageOptions, fetch
 
@@ -23,14 +23,28 @@ _WINDOW_BYTES = 256 * 1024**2
 _UNKNOWN_BYTES = 16 * 1024**2
 
 
-def crops_of(bundle: Bundle) -> tuple[CropSpec, CropSpec]:
-    """The crops a bundle's two encoders want, in the order of `CROP_COLUMNS`."""
-    return clip_preprocess(bundle.folder / "clip").crop, dinov2_preprocess(bundle.folder / "dinov2").crop
+def crops_of(bundle: Bundle, captions: bool = False) -> dict[str, CropSpec]:
+    """The crops a bundle's models want, by the column they travel in, one of `CROP_COLUMNS`.
+
+    Args:
+        bundle: a captioner that wants the same crop as DINOv2 shares its column.
+        captions: whether the captioner's is wanted.
+    """
+    specs = (clip_preprocess(bundle.folder / "clip").crop, dinov2_preprocess(bundle.folder / "dinov2").crop)
+    crops = dict(zip(CROP_COLUMNS, specs, strict=False))
+    return crops | caption_crop(bundle) if captions else crops
+
+
+def caption_crop(bundle: Bundle) -> dict[str, CropSpec]:
+    """The captioner's crop and the one column it travels in."""
+    spec = captioner_preprocess(bundle.folder / "captioner").crop
+    shared = dinov2_preprocess(bundle.folder / "dinov2").crop == spec
+    return {CROP_COLUMNS[1] if shared else CROP_COLUMNS[2]: spec}
 
 
 def read_photos(
     manifest: pa.Table,
-    crops: Sequence[CropSpec],
+    crops: Mapping[str, CropSpec],
     limits: Limits,
     storage_options: StorageOptions | None = None,
 ) -> pa.Table:
@@ -47,15 +61,15 @@ def read_photos(
         for position, uri in enumerate(uris[window]):
             rows.append(read_photo(fetched[position], crops, limits, os.path.splitext(uri)[1]))  # noqa: PTH122
             fetched[position] = b""  # each file's bytes go as soon as its pixels are here
-    return to_table(manifest, rows)
+    return to_table(manifest, rows, tuple(crops))
 
 
-def to_table(manifest: pa.Table, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Manifest rows and what `read_photo` says of each, as `read_photos` gives them."""
+def to_table(manifest: pa.Table, rows: Sequence[Mapping[str, Any]], crops: Sequence[str]) -> pa.Table:
+    """Manifest rows and what `read_photo` says of each, as `read_photos` gives them, with these columns of crops."""
     columns = {name: manifest.column(name) for name in schema.MANIFEST.names}
     for part in (*schema.FACTS, *schema.MEASUREMENT_FIELDS):
         columns[part.name] = pa.array([row.get(part.name) for row in rows], part.type)
-    for name in CROP_COLUMNS:
+    for name in crops:
         columns[name] = pa.array([row.get(name) for row in rows], pa.large_binary())
     for name in ("error_kind", "error_message"):
         columns[name] = pa.array([row.get(name) for row in rows], pa.string())
@@ -88,14 +102,14 @@ def _fetch(
     return files
 
 
-def read_photo(data: bytes | PhotoError, crops: Sequence[CropSpec], limits: Limits, suffix: str) -> dict[str, Any]:
+def read_photo(data: bytes | PhotoError, crops: Mapping[str, CropSpec], limits: Limits, suffix: str) -> dict[str, Any]:
     """Decode and measure one file: columns by name, those of its error alone where it has one."""
     try:
         if isinstance(data, PhotoError):
             raise data
-        photo = decode(data, crops, limits, suffix)
+        photo = decode(data, list(crops.values()), limits, suffix)
     except PhotoError as error:
         return {"error_kind": error.kind.value, "error_message": error.message}
     measured = {f"measured_{name}": value for name, value in measure(photo.working).items()}
-    pixels = {name: crop.tobytes() for name, crop in zip(CROP_COLUMNS, photo.crops, strict=True)}
+    pixels = {name: crop.tobytes() for name, crop in zip(crops, photo.crops, strict=True)}
     return {**photo.facts, **measured, **pixels}

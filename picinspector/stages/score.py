@@ -1,8 +1,8 @@
-"""Third stage: quality, attributes and scene from stored embeddings, on the CPU."""
+"""Third stage: quality, attributes, scene and suggestions from stored embeddings, on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,21 +11,26 @@ import pyarrow.compute as pc
 from picinspector import schema
 from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
+from picinspector.feedback import suggest
 from picinspector.scorer import Scored, Scorer, to_array
 from picinspector.stages import Report
+from picinspector.wording import Facts, check, compose
 from picinspector.zeroshot import ZeroShot
 
 #: Columns a scores row takes over as they are.
 _CARRIED = (*schema.MANIFEST.names, "error_kind", "error_message")
+#: What suggestions, and the words for a photo, are made from beside the attributes.
+_FACTS = (*schema.FACTS.names, *schema.MEASUREMENT_FIELDS.names)
 
 
 def score_columns(bundle: Bundle) -> list[str]:
-    """Columns of the embeddings table that scoring with this bundle reads."""
+    """Columns of the embeddings table that scoring with this bundle reads; captions where there are any."""
     if bundle.has("scorer"):
-        features = (*Scorer(bundle.piece("scorer")).features, *AttributeHead(bundle.piece("attributes")).features)
+        scorer, head = Scorer(bundle.piece("scorer")), AttributeHead(bundle.piece("attributes"))
+        features = (*scorer.features, *head.features, *_FACTS)
     else:
         features = ZeroShot.features
-    return [*_CARRIED, *dict.fromkeys(features)]
+    return [*_CARRIED, *schema.CAPTION.names, *dict.fromkeys(features)]
 
 
 class Score:
@@ -47,7 +52,7 @@ class Score:
         self._scorer = Scorer(opened.piece("scorer")) if opened.has("scorer") else None
         self._head = AttributeHead(opened.piece("attributes")) if opened.has("scorer") else None
         self._zero_shot = None if opened.has("scorer") else ZeroShot(opened.piece("zero_shot"))
-        self._columns = score_columns(opened)
+        self._columns = [name for name in score_columns(opened) if name not in (*_CARRIED, *schema.CAPTION.names)]
         self._kind, self._fingerprint = opened.scorer_kind, opened.scorer_fingerprint
         self._report = report
 
@@ -55,10 +60,15 @@ class Score:
         """Rows of the embeddings table (at least `score_columns`) to rows of `schema.SCORES`."""
         good = pc.is_null(embeddings.column("error_kind"))
         valid = embeddings.filter(good)
-        features = {name: to_array(valid.column(name)) for name in self._columns if name not in _CARRIED}
+        features = {name: to_array(valid.column(name)) for name in self._columns if name not in schema.FACTS.names}
         columns = {name: embeddings.column(name) for name in _CARRIED}
         if valid.num_rows:
-            columns |= {name: _place(column, good) for name, column in self._predict(features).items()}
+            predicted = self._predict(features)
+            if self._head is not None:
+                predicted |= _in_words(valid, predicted)
+            elif "caption" in valid.column_names:  # an untrained head cannot tell whether a caption is right
+                predicted |= {name: valid.column(name).combine_chunks() for name in schema.CAPTION.names}
+            columns |= {name: _place(column, good) for name, column in predicted.items()}
         columns["scorer_kind"] = pa.repeat(self._kind, embeddings.num_rows)
         columns["scorer_fingerprint"] = pa.repeat(self._fingerprint, embeddings.num_rows)
         if self._report is not None:
@@ -81,6 +91,32 @@ class Score:
             "scene": pa.array(names, pa.string()),
             **{f"scene_{name}": pa.array(scenes[:, i]) for i, name in enumerate(schema.SCENES)},
         }
+
+
+def _in_words(rows: pa.Table, predicted: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
+    """Suggestions; and the captions, those replaced that contradict what these heads see."""
+    facts = rows.select(schema.FACTS.names).to_pylist()
+    measured = rows.select(schema.MEASUREMENT_FIELDS.names).rename_columns(list(schema.MEASUREMENTS)).to_pylist()
+    attributes = _records(predicted, "attribute", schema.ATTRIBUTES)
+    scenes = _records(predicted, "scene", schema.SCENES)
+    suggestions = [
+        [suggestion.text for suggestion in suggest(attributes[row], measured[row], facts[row], scene)]
+        for row, scene in enumerate(predicted["scene"].to_pylist())
+    ]
+    columns = {"suggestions": pa.array(suggestions, schema.SCORES.field("suggestions").type)}
+    if "caption" in rows.column_names:
+        texts, sources = (rows.column(name).to_pylist() for name in schema.CAPTION.names)
+        for row, text in enumerate(texts):
+            seen = Facts(attributes[row], scenes[row], measured[row]["brightness"])
+            if text is not None and check(text, seen).contradictions:
+                texts[row], sources[row] = compose(seen), "composed"
+        columns |= {"caption": pa.array(texts, pa.string()), "caption_source": pa.array(sources, pa.string())}
+    return columns
+
+
+def _records(predicted: Mapping[str, pa.Array], prefix: str, names: Sequence[str]) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = pa.table({name: predicted[f"{prefix}_{name}"] for name in names}).to_pylist()
+    return rows
 
 
 def _place(values: pa.Array, good: pa.ChunkedArray) -> pa.Array:
