@@ -164,6 +164,11 @@ class _Photo(NamedTuple):
         by_hand = 1.0 / (self.focal_mm if self.has_lens and self.focal_mm is not None else _PHONE_MM)
         return min(by_hand, _SUBJECT_S) if self.scene in _MOVING else by_hand
 
+    @property
+    def lacks_detail(self) -> bool | None:
+        """Whether fine detail is low as measured; None where that is unknown."""
+        return None if self.detail is None else round(self.detail) < _DETAIL
+
     def judged(self, attribute: str, name: str) -> str:
         """What the attribute says, where no measurement says more."""
         value = self.attributes[attribute]
@@ -313,6 +318,8 @@ def _motion(photo: _Photo) -> tuple[str, str] | None:
 def _too_small(photo: _Photo) -> tuple[str, str] | None:
     if photo.width is None or photo.height is None or min(photo.width, photo.height) >= _SMALL_PX:
         return None
+    if photo.lacks_detail:  # even for its size: blurred
+        return None
     size = f"only {photo.width:.0f} x {photo.height:.0f} px"
     return f"{size} leave little detail", "use the original file, or a larger size without digital zoom"
 
@@ -337,13 +344,14 @@ def _focus(photo: _Photo) -> tuple[str, str]:
     if photo.exposure_s is not None:
         evidence = f"{photo.judged('sharpness', 'sharpness is')} though {_speed(photo.exposure_s)} is short enough"
         return evidence, f"focus on {focus}" + ("" if photo.has_lens else " (tap it) and wipe the lens")
-    detail = ""
-    if photo.detail is not None and photo.detail < _DETAIL:
-        detail = f", Laplacian variance {photo.detail:.0f} (good photos: {_DETAIL:.0f} and more)"
-    evidence = photo.judged("sharpness", "sharpness is") + detail
+    noisy = "noisiness" in photo.attributes
+    evidence = photo.judged("sharpness", "sharpness is")
+    if photo.lacks_detail:
+        evidence += f", Laplacian variance {photo.detail:.0f} (good photos: {_DETAIL:.0f} and more)"
     if grade(photo.attributes["sharpness"]) >= 2:  # fair: mild blur is within reach of an editor
-        noisy = "noisiness" in photo.attributes
         return evidence, f"focus on {focus}; sharpen a little" + (" after reducing the noise" if noisy else "")
+    if noisy and photo.lacks_detail is False:  # there is structure, but not the subject's
+        return f"{evidence}: noise or compression hides detail", f"mend that first, then check the focus on {focus}"
     return evidence, f"hold the camera steady or use a tripod, and focus on {focus}"
 
 
@@ -385,7 +393,7 @@ def _contrast(photo: _Photo) -> tuple[str, str]:
     if photo.contrast is None:
         return judged, curve
     spread = f"luma spread {_percent(photo.contrast)}"
-    if photo.contrast < _FLAT:
+    if round(photo.contrast, 2) < _FLAT:  # as it is printed
         flat = f"{spread} (good photos: {_percent(_FLAT)} and more)"
         if photo.scene in ("landscape", "cityscape") and photo.shadows < CLIPPED:
             return f"flat as in haze: {flat}", "remove haze and set the black point, or shoot in clear air and low sun"
@@ -406,7 +414,7 @@ def _color(photo: _Photo) -> tuple[str, str] | None:
     if photo.colorfulness < _MONOCHROME:
         return None
     value = f"colourfulness {photo.colorfulness:.0f}"
-    if photo.colorfulness < _MODERATE_COLOR:
+    if round(photo.colorfulness) < _MODERATE_COLOR:
         return f"pale colours: {value} (moderate is {_MODERATE_COLOR:.0f})", _COLOR.get(photo.scene, _VIBRANCE)
     if photo.colorfulness >= _QUITE_COLORFUL:
         return f"{judged} though strong ({value})", "remove a colour cast by white balance, or lower the saturation"

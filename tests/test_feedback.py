@@ -226,6 +226,15 @@ def test_without_exif_blur_is_told_by_its_degree() -> None:
 def test_a_small_photo_is_said_to_be_small() -> None:
     assert only({"sharpness": 30}, width=640, height=480).startswith("only 640 x 480 px leave little detail")
     assert "px" not in only({"sharpness": 30}, width=512, height=512)
+    # One without detail even for its size is blurred.
+    assert "hold the camera steady" in only({"sharpness": 30}, {"sharpness": 12}, width=640, height=480)
+
+
+def test_structure_without_sharpness_is_noise_or_compression() -> None:
+    low = {"sharpness": 30, "noisiness": 30}
+    assert "noise or compression hides detail; mend that first" in ask(low)[0].text
+    assert "hold the camera steady" in ask(low, {"sharpness": 12})[0].text
+    assert "hold the camera steady" in ask(low, {"sharpness": math.nan})[0].text
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
