@@ -47,7 +47,7 @@ class TableError(PicInspectorError):
 
 
 class ErrorKind(StrEnum):
-    """Why a photo has no values: the `error_kind` column of both tables."""
+    """Why a photo has no values: the `error_kind` column of the tables."""
 
     NOT_FOUND = "not_found"
     ACCESS_DENIED = "access_denied"
@@ -63,16 +63,25 @@ class ErrorKind(StrEnum):
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
     INTERNAL = "internal"
+    # Of the remote critic, beside `timeout` and `connection`:
+    RATE_LIMITED = "rate_limited"
+    SERVER_ERROR = "server_error"
+    REJECTED = "rejected"
+    REFUSED = "refused"
+    INVALID_ANSWER = "invalid_answer"
+    COST_CEILING = "cost_ceiling"
 
     @property
     def transient(self) -> bool:
         """True where the same photo may well succeed in the next run."""
-        return self in {ErrorKind.THROTTLED, ErrorKind.TIMEOUT, ErrorKind.CONNECTION}
+        passing = {ErrorKind.THROTTLED, ErrorKind.TIMEOUT, ErrorKind.CONNECTION}
+        return self in passing | {ErrorKind.RATE_LIMITED, ErrorKind.SERVER_ERROR}
 
     @property
     def final(self) -> bool:
         """True where only other bytes could give another outcome; the rest is tried again by every run."""
-        return self in {ErrorKind.EMPTY, ErrorKind.UNKNOWN_FORMAT, ErrorKind.TRUNCATED, ErrorKind.CORRUPT}
+        unreadable = {ErrorKind.EMPTY, ErrorKind.UNKNOWN_FORMAT, ErrorKind.TRUNCATED, ErrorKind.CORRUPT}
+        return self in unreadable | {ErrorKind.REFUSED}
 
 
 TRANSIENT_KINDS: tuple[str, ...] = tuple(kind.value for kind in ErrorKind if kind.transient)
