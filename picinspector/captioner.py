@@ -40,7 +40,7 @@ _END = "<end_of_utterance>"
 
 
 class Captioner:
-    """A SmolVLM that describes photos, one small crop each, by greedy decoding.
+    """A SmolVLM that describes photos, one small crop each, without chance.
 
     Attributes:
         crop: the crop to pass to `caption`.
@@ -75,13 +75,14 @@ class Captioner:
         self._rows = _ROWS["cuda" if self.device.type == "cuda" else "cpu"]
 
     @torch.inference_mode()
-    def caption(self, crops: np.ndarray, facts: Sequence[str] | None = None) -> list[str]:
+    def caption(self, crops: np.ndarray, facts: Sequence[str] | None = None, beams: int = 1) -> list[str]:
         """Describe photos.
 
         Args:
             crops: uint8 sRGB (B, S, S, 3).
             facts: for each photo a line of what was measured (`wording.tell`), to be put into words; None lets the
                 model say what it sees. The same photo gets the same words whatever it shares a batch with.
+            beams: of the search for the likeliest text; 1 is greedy.
 
         Returns:
             a text for each; one line, without control characters; it may be empty.
@@ -90,10 +91,10 @@ class Captioner:
         for start in range(0, len(crops), self._rows):
             part = crops[start : start + self._rows]
             told = facts[start : start + self._rows] if facts is not None else None
-            texts += self._generate(part, told)[: len(part)]
+            texts += self._generate(part, told, beams)[: len(part)]
         return texts
 
-    def _generate(self, crops: np.ndarray, facts: Sequence[str] | None) -> list[str]:
+    def _generate(self, crops: np.ndarray, facts: Sequence[str] | None, beams: int) -> list[str]:
         rows = np.minimum(np.arange(self._rows), len(crops) - 1)  # an all-zero filler would be taken for no image
         questions = [self._question if facts is None else self._told.format(facts=facts[row]) for row in rows]
         prompts = self._tokenizer(
@@ -110,6 +111,7 @@ class Captioner:
             attention_mask=prompts.attention_mask,
             pixel_values=pixels.unsqueeze(1),
             do_sample=False,
+            num_beams=beams,
             max_new_tokens=self._max_new_tokens,
             eos_token_id=self._tokenizer.convert_tokens_to_ids(_END),
             pad_token_id=self._tokenizer.pad_token_id,

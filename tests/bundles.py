@@ -15,6 +15,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from picinspector import bundle, scorer
 from picinspector.conformal import Intervals
+from training import captioner_model
 from training.attribute_head import AttributeHead, write_head
 
 TINY_CLIP: dict[str, Any] = {
@@ -83,6 +84,14 @@ def write_attributes(folder: Path, features: dict[str, int], hidden_dim: int = 1
     widths = np.repeat(list(features.values()), list(features.values()))
     head.input.scale.copy_(torch.from_numpy(widths**-0.5))  # what the entries of an L2-normalised vector are like
     write_head(head, list(features), [name for name in features if name == "measured_noise"], folder)
+
+
+def write_captioner(folder: Path, seed: int = 0, max_new_tokens: int = 8) -> None:
+    """A small captioner with random weights, which babbles."""
+    model, tokenizer = captioner_model.small(seed)
+    captioner_model.write(model, tokenizer, captioner_model.PREPROCESS, folder)
+    spec = json.loads((folder / "captioner.json").read_text())
+    (folder / "captioner.json").write_text(json.dumps(spec | {"max_new_tokens": max_new_tokens}))
 
 
 def halve(weights: Path) -> None:

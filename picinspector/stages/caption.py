@@ -1,4 +1,8 @@
-"""Between encoding and scoring, where asked for: the photo in words, held against what the heads see."""
+"""Between encoding and scoring, where asked for: the photo in words, held against what the heads see.
+
+The captioner is shown the photo and told what the heads see in it: they know its sharpness better than a language model
+does. What it says is checked all the same.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +26,33 @@ from picinspector.stages.read import read_photos
 from picinspector.storage import StorageOptions
 from picinspector.wording import Facts, check, compose, is_fluent, tell
 
+#: Of the second try.
+_BEAMS = 4
+
 
 def describe(captioner: Captioner, crops: np.ndarray, facts: Sequence[Facts] | None) -> tuple[list[str], list[str]]:
     """Captions that do not contradict the heads.
 
-    A caption that does, or that is no whole sentence, is asked for once more with the facts in the prompt; if that
-    fails too, it is composed from the facts.
+    A caption that does, or that is no whole sentence, is looked for once more among more candidates (beam search); if
+    that fails too, it is composed from the facts.
 
     Args:
         captioner: sees the crops.
         crops: uint8 (B, S, S, 3).
-        facts: of each photo; None where no head is trained, and the first try is taken as it is.
+        facts: of each photo; None where no head is trained: nothing is told, and nothing checked.
 
     Returns:
         a text for each, and where its words are from, one of `schema.CAPTION_SOURCES`.
     """
-    texts = captioner.caption(crops)
-    sources = ["model"] * len(texts)
     if facts is None:
-        return texts, sources
+        return captioner.caption(crops), ["model"] * len(crops)
+    told = [tell(fact) for fact in facts]
+    texts = captioner.caption(crops, told)
+    sources = ["model"] * len(texts)
     again = [row for row, text in enumerate(texts) if not _is_true(text, facts[row])]
     if again:
-        told = captioner.caption(crops[again], [tell(facts[row]) for row in again])
-        for row, text in zip(again, told, strict=True):
+        others = captioner.caption(crops[again], [told[row] for row in again], beams=_BEAMS)
+        for row, text in zip(again, others, strict=True):
             good = _is_true(text, facts[row])
             texts[row], sources[row] = (text, "model_retry") if good else (compose(facts[row]), "composed")
     return texts, sources
