@@ -48,6 +48,7 @@ def bootstrap(
     seed: int = 0,
     coverage: float = 0.95,
     figures: Callable[[np.ndarray, np.ndarray], dict[str, float]] = agreement,
+    groups: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap over photos (Efron 1979): between which values each figure would lie for other photos.
 
@@ -56,14 +57,20 @@ def bootstrap(
         repeats: resamples of N photos, with replacement.
         coverage: share of the resamples inside, 0-1.
         figures: what is computed of each resample.
+        groups: (N,); whole groups are drawn instead, as takes of one scene tell little that is new (Davison & Hinkley
+            1997, section 3.8).
 
     Returns:
         figure -> (low, high), without `photos`. Resamples where a figure is undefined are left out of it.
     """
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     rng, drawn = np.random.default_rng(seed), []
+    takes = None if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    count = len(labels) if takes is None else len(takes)
     for _ in range(repeats):
-        sample = rng.integers(0, len(labels), len(labels)) if len(labels) else np.zeros(0, dtype=np.int64)
+        sample = rng.integers(0, count, count) if count else np.zeros(0, dtype=np.int64)
+        if takes:
+            sample = np.concatenate([takes[index] for index in sample])
         drawn.append(figures(predicted[sample], labels[sample]))
     tails = [(1 - coverage) / 2, (1 + coverage) / 2]
     intervals = {}

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from picinspector import schema, xmp
 from picinspector.bundle import Bundle, open_bundle, seal
 from picinspector.conformal import Intervals, calibrate
+from picinspector.duplicates import content_groups
 from picinspector.errors import UsageError
 from picinspector.metrics import agreement, bootstrap
 from picinspector.recipe import Fit, Recipe
@@ -25,7 +26,8 @@ from picinspector.storage import open_filesystem, redact
 from picinspector.tables import Destination
 from picinspector.taste import FOLDS, WAYS, Photos, out_of_fold
 
-#: Fewer leave nothing to check the result with: folds of five, and an interval that could not promise 90 %.
+#: Fewer leave nothing to check the result with: folds of five, and an interval that could not promise 90 %. Takes of
+#: one scene count once.
 MIN_RATINGS = 30
 _COVERAGE = 0.9
 #: Unrated photos that the ridge regression rates for LightGBM, at most: seconds of training, and what was measured on
@@ -159,6 +161,12 @@ def train(
     low, high = _check(rated, rating_range, source, len(missing), destination.url)
 
     photos = _load(destination, latest, rated, opened, seed)
+    different = len(np.unique(photos.groups))
+    if different < MIN_RATINGS:
+        raise UsageError(
+            f"{source}: {len(rated)} rated photos are in {destination.url}, near-duplicates counted once {different}; "
+            f"rate {MIN_RATINGS} different ones at least"
+        )
     recipe = Recipe(label_range=(low, high), seed=seed).without("early_stopping")
     held_out = {way: out_of_fold(photos, way, recipe) for way in WAYS}
     figures = {way: agreement(predicted, photos.ratings) for way, predicted in held_out.items()}
@@ -168,13 +176,16 @@ def train(
     report = {
         "ratings": source,
         "rated": len(rated),
+        "different_photos": different,
         "missing": len(missing),
         "missing_examples": missing[:3],
         "unreadable": unreadable,
         "rating_range": [low, high],
         "method": way,
         "srcc": _round(figures[way]["srcc"]),
-        "srcc_low_high": [_round(value) for value in bootstrap(held_out[way], photos.ratings, seed=seed)["srcc"]],
+        "srcc_low_high": [
+            _round(value) for value in bootstrap(held_out[way], photos.ratings, seed=seed, groups=photos.groups)["srcc"]
+        ],
         "plcc": _round(figures[way]["plcc"]),
         "rmse": _round(figures[way]["rmse"]),
         "srcc_of": {name: _round(found["srcc"]) for name, found in figures.items()},
@@ -238,7 +249,7 @@ def _load(destination: Destination, latest: pa.Table, rated: Mapping[str, float]
     run_of = dict(zip(latest.column("uri").to_pylist(), latest.column("run_id").to_pylist(), strict=True))
     parts = []
     for run_id in sorted({run_of[uri] for uri in wanted}):
-        scanner = destination.scan("embeddings", [run_id], ["uri", *features])
+        scanner = destination.scan("embeddings", [run_id], ["uri", "phash", *features])
         assert scanner is not None
         keep = pa.array([uri for uri in wanted if run_of[uri] == run_id], pa.string())
         parts += [
@@ -252,7 +263,9 @@ def _load(destination: Destination, latest: pa.Table, rated: Mapping[str, float]
     columns = {name: to_array(table.column(name)) for name in features}
     widths = tuple(1 if columns[name].ndim == 1 else columns[name].shape[1] for name in features)
     ratings = np.array([rated[uri] for uri in table.column("uri").to_pylist()[: len(rated)]], dtype=np.float64)
-    return Photos(features, widths, feature_matrix(columns, features), ratings, scorer.predict(columns).quality_score)
+    groups = content_groups(table.column("phash").slice(0, len(rated)).combine_chunks().to_numpy())
+    quality = scorer.predict(columns).quality_score
+    return Photos(features, widths, feature_matrix(columns, features), ratings, groups, quality)
 
 
 # --- the new bundle ---------------------------------------------------------------------------------------------------
@@ -298,10 +311,11 @@ def _card(base: Bundle, report: Mapping[str, Any]) -> str:
 What the card above says of the quality score is about bundle {base.name} {base.version}, of which this is a copy with
 another scorer. `quality_score` here is what one person would say, from 1 (their {worst:g}) to 10 (their {best:g}).
 
-- Trained on {report["rated"]} ratings. No photo and no rating is in the bundle.
-- Cross-validated on them ({FOLDS} folds): SRCC {report["srcc"]} (95 % bootstrap interval {low} to {high}), PLCC
-  {report["plcc"]}, RMSE {report["rmse"]} in the ratings' scale. The scorer of {base.name} {base.version}: SRCC
-  {report["default_srcc"]}.
+- Trained on {report["rated"]} ratings; near-duplicates counted once, of {report["different_photos"]} photos. No photo
+  and no rating is in the bundle.
+- Cross-validated on them ({FOLDS} folds, near-duplicates by perceptual hash in one fold): SRCC {report["srcc"]} (95 %
+  bootstrap interval {low} to {high}), PLCC {report["plcc"]}, RMSE {report["rmse"]} in the ratings' scale. The scorer of
+  {base.name} {base.version}: SRCC {report["default_srcc"]}.
 - These figures are for photos that no part of the training saw. Unrated photos of the library took part without a
   rating, and are judged better than that.
 - Method: {report["method"]}, the better of two by the same cross-validation ({others}), which flatters it a little.

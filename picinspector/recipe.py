@@ -253,6 +253,7 @@ def fit(
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     folds: int = 5,
     num_threads: int = 0,
+    groups: np.ndarray | None = None,
 ) -> Fit:
     """Fit in this process.
 
@@ -264,6 +265,7 @@ def fit(
             cross-validation on the training rows tells the errors.
         folds: of that cross-validation.
         num_threads: LightGBM's; 0 takes all cores.
+        groups: (N,) photos of one are never on both sides of that cross-validation.
     """
 
     def train(rows: Rows, recipe: Recipe) -> lightgbm.Booster:
@@ -273,7 +275,7 @@ def fit(
         if validation is not None:
             return fitted.predict(validation[0]), validation[1]
         plain = recipe.without("error_guided")
-        return out_of_fold(matrix, labels, plain, weights, folds=folds, num_threads=num_threads), labels
+        return out_of_fold(matrix, labels, plain, weights, groups, folds, num_threads), labels
 
     return fit_with(train, labels, recipe, weights, held_out)
 
@@ -321,8 +323,8 @@ def out_of_fold(
     fold, predicted = split_folds(len(labels), folds, recipe.seed, groups), np.zeros(len(labels))
     for index in range(folds):
         inside, outside = fold != index, fold == index
-        kept = None if weights is None else weights[inside]
-        fitted = fit(matrix[inside], labels[inside], recipe, kept, folds=folds, num_threads=num_threads)
+        kept, takes = (None if values is None else values[inside] for values in (weights, groups))
+        fitted = fit(matrix[inside], labels[inside], recipe, kept, folds=folds, num_threads=num_threads, groups=takes)
         predicted[outside] = fitted.predict(matrix[outside])
     return predicted
 

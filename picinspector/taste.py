@@ -46,6 +46,7 @@ class Photos:
         features: columns of the feature matrix, in order; `widths` of each.
         matrix: float32 (N + M, F).
         ratings: float64 (N,).
+        groups: int64 (N,), the same for rated photos of the same content (`duplicates.content_groups`).
         default: float32 (N + M,), the `quality_score` of the bundle's own scorer.
     """
 
@@ -53,13 +54,15 @@ class Photos:
     widths: tuple[int, ...]
     matrix: np.ndarray
     ratings: np.ndarray
+    groups: np.ndarray
     default: np.ndarray
 
 
 def _directly(photos: Photos, rows: np.ndarray, recipe: Recipe) -> Fit:
     """LightGBM by the recipe on the stars of these rated photos alone."""
     few = {**recipe.params, **_FEW_PARAMS, "min_data_in_leaf": int(np.clip(len(rows) // 20, 3, 20))}
-    return _fit(photos.matrix[rows], photos.ratings[rows], replace(recipe, params=few, rounds=_FEW_ROUNDS))
+    few_rounds = replace(recipe, params=few, rounds=_FEW_ROUNDS)
+    return _fit(photos.matrix[rows], photos.ratings[rows], few_rounds, photos.groups[rows])
 
 
 def _distilled(photos: Photos, rows: np.ndarray, recipe: Recipe) -> Fit:
@@ -71,8 +74,8 @@ def _distilled(photos: Photos, rows: np.ndarray, recipe: Recipe) -> Fit:
     return _fit(photos.matrix[seen], _ridge(photos, rows)[seen], exact)
 
 
-def _fit(matrix: np.ndarray, labels: np.ndarray, recipe: Recipe) -> Fit:
-    return fit(matrix, labels, recipe, num_threads=1 if matrix.size < _SMALL else 0)
+def _fit(matrix: np.ndarray, labels: np.ndarray, recipe: Recipe, groups: np.ndarray | None = None) -> Fit:
+    return fit(matrix, labels, recipe, num_threads=1 if matrix.size < _SMALL else 0, groups=groups)
 
 
 #: What they are called in reports.
@@ -80,9 +83,9 @@ WAYS = {"ridge estimates": _distilled, "stars alone": _directly}
 
 
 def out_of_fold(photos: Photos, way: str, recipe: Recipe) -> np.ndarray:
-    """The rating of each rated photo by a model that has not seen its stars: float64 (N,)."""
+    """The rating of each rated photo by a model that has seen the stars of no photo of its group: float64 (N,)."""
     count = len(photos.ratings)
-    fold, predicted = split_folds(count, FOLDS, recipe.seed), np.zeros(count)
+    fold, predicted = split_folds(count, FOLDS, recipe.seed, photos.groups), np.zeros(count)
     for index in range(FOLDS):
         fitted = WAYS[way](photos, np.flatnonzero(fold != index), recipe)
         predicted[fold == index] = fitted.predict(photos.matrix[:count][fold == index])
@@ -93,7 +96,8 @@ def _ridge(photos: Photos, rows: np.ndarray) -> np.ndarray:
     """Ridge regression on the stars of these rated photos: an estimate for all, float64 (N + M,).
 
     The embedding, the measurements and the default scorer's opinion have equal say, however many numbers each is. The
-    penalty is the one with the least leave-one-out error (Golub, Heath & Wahba 1979, the exact form).
+    penalty is the one with the least error on groups left out one at a time, in the exact form: of the hat matrix H,
+    (I - H_gg)^-1 times a group's residuals (PRESS, Allen 1974, with more than one row).
     """
     edges = np.cumsum((0, *photos.widths))
     wide = [photos.matrix[:, a:b] for a, b in pairwise(edges) if b - a > 1]
@@ -104,11 +108,17 @@ def _ridge(photos: Photos, rows: np.ndarray) -> np.ndarray:
     stars = photos.ratings[rows]
     left, sizes, right = np.linalg.svd(features[rows], full_matrices=False)
     along = left.T @ (stars - stars.mean())
+    names, counts = np.unique(photos.groups[rows], return_counts=True)
+    several = [np.flatnonzero(photos.groups[rows] == name) for name in names[counts > 1]]
     errors = []
     for penalty in _PENALTIES:
         shrunk = sizes**2 / (sizes**2 + penalty)
         residual = stars - stars.mean() - left @ (shrunk * along)
-        errors.append(np.square(residual / (1 - 1 / len(rows) - np.square(left) @ shrunk)).mean())
+        left_out = residual / (1 - 1 / len(rows) - np.square(left) @ shrunk)
+        for group in several:
+            hat = 1 / len(rows) + (left[group] * shrunk) @ left[group].T
+            left_out[group] = np.linalg.solve(np.eye(len(group)) - hat, residual[group])
+        errors.append(np.square(left_out).mean())
     penalty = _PENALTIES[int(np.argmin(errors))]
     weights = right.T @ (sizes / (sizes**2 + penalty) * along)
     return np.asarray(stars.mean() + features @ weights, dtype=np.float64)

@@ -79,6 +79,18 @@ def test_bootstrap_is_seeded_narrows_with_photos_and_survives_constants() -> Non
     assert constant["rmse"][0] == 0 and constant["r2"][1] < 0.01
 
 
+def test_bootstrap_of_groups_draws_them_whole() -> None:
+    rng = np.random.default_rng(2)
+    labels, noise = rng.normal(size=60), rng.normal(size=60)
+    one = bootstrap(labels + noise, labels, repeats=200)["plcc"]
+    takes = bootstrap(
+        np.tile(labels + noise, 9), np.tile(labels, 9), repeats=200, groups=np.tile(np.arange(60)[::-1], 9)
+    )["plcc"]
+    apart = bootstrap(np.tile(labels + noise, 9), np.tile(labels, 9), repeats=200)["plcc"]
+    assert takes[1] - takes[0] == pytest.approx(one[1] - one[0], rel=0.3)  # nine takes of each say nothing new
+    assert apart[1] - apart[0] < 0.6 * (one[1] - one[0])
+
+
 def test_bins_take_their_extremes_in() -> None:
     quality = np.array([1, 2.5, 2.51, 5.49, 5.5, 8.49, 8.5, 10])
     assert [BINS[index] for index in bin_of(quality)] == ["low", "low", "mid", "mid", "high", "high", "top", "top"]

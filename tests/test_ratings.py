@@ -154,10 +154,12 @@ def photos(count: int, seed: int, fingerprint: str) -> list[dict[str, Any]]:
     """Rows of the embeddings table of photos that never were."""
     rng = np.random.default_rng(seed)
     clip, dinov2 = rng.normal(size=(count, 32)) * np.linspace(2, 0.3, 32), rng.normal(size=(count, 48))
+    phash = np.random.default_rng([seed, 1]).integers(0, 2**64, count, dtype=np.uint64)
     return [
         {
             "image_id": f"{seed}{number:031x}",
             "uri": f"/photos/{number:03}.jpg",
+            "phash": int(phash[number]),
             "clip_embedding": (clip[number] / np.linalg.norm(clip[number])).astype(np.float16),
             "dinov2_embedding": (dinov2[number] / np.linalg.norm(dinov2[number])).astype(np.float16),
             "encoder_fingerprint": fingerprint,
@@ -275,6 +277,67 @@ def test_the_same_ratings_give_the_same_scorer_and_intervals_hold(
     assert feature_matrix(columns_of(tmp_path / "a", table), Scorer(tmp_path / "a/scorer").features).shape[1] == 39
 
 
+BURSTS, TAKES = 50, 5
+
+
+def write_bursts(dest: Destination, stars: Path, fingerprint: str, alike: bool) -> None:
+    """Tables of 50 bursts of five takes and of 100 other photos, and stars that the takes of a burst share.
+
+    Embeddings and measurements of takes differ little; their hashes by two bits at most where `alike`, else as those of
+    different photos do.
+    """
+    rng = np.random.default_rng(0)
+    rows = photos(BURSTS + 100, 2, fingerprint)
+    rating = stars_of_little_taste(rows[:BURSTS])
+    takes, lines = [], []
+    for number, row in enumerate(rows):
+        for take in range(TAKES if number < BURSTS else 1):
+            vector = row["clip_embedding"] + rng.normal(size=32) * 0.01
+            copy = row | {"uri": f"/photos/{number:03}-{take}.jpg", "image_id": f"{number:016x}{take:016x}"}
+            copy["clip_embedding"] = (vector / np.linalg.norm(vector)).astype(np.float16)
+            copy |= {f"measured_{name}": row[f"measured_{name}"] + rng.normal() * 0.01 for name in schema.MEASUREMENTS}
+            copy["phash"] = row["phash"] ^ (1 << take) if alike else int(rng.integers(0, 2**64, dtype=np.uint64))
+            takes.append(copy)
+            if number < BURSTS:
+                lines.append(f"{number:03}-{take}.jpg,{rating[number]:g}")
+    folder = Path(dest.table_path("embeddings", "r"))
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(takes, schema=schema.embeddings(32, 48)), folder / "0.parquet")
+    dest.commit({"run_id": "r", "counts": {}})
+    stars.write_text("\n".join(["uri,rating", *lines]) + "\n", "utf-8")
+
+
+def stars_of_little_taste(rows: list[dict[str, Any]]) -> np.ndarray:
+    """1 to 5 stars that are more whim than taste: nobody can guess those of a photo never seen well."""
+    liking = taste(pa.Table.from_pylist(rows, schema=schema.embeddings(32, 48)))
+    liking = liking + np.random.default_rng(3).normal(size=len(rows)) * 2 * liking.std()
+    return 1.0 + np.digitize(liking, np.quantile(liking, [0.2, 0.4, 0.6, 0.8]))
+
+
+def test_takes_of_a_burst_do_not_vouch_for_each_other(tiny: Path, tmp_path: Path) -> None:
+    """By photo, cross-validation asks for stars that the model has seen on another take; by content it does not."""
+    fingerprint, reports = open_bundle(tiny).encoder_fingerprint, {}
+    for name, alike in (("by content", True), ("by photo", False)):
+        dest, stars = Destination(tmp_path / name), tmp_path / f"{name}.csv"
+        write_bursts(dest, stars, fingerprint, alike)
+        reports[name] = ratings.train(dest.root, tmp_path / f"{name} bundle", str(stars), str(tiny))
+    assert {name: report["different_photos"] for name, report in reports.items()} == {
+        "by content": BURSTS,
+        "by photo": BURSTS * TAKES,
+    }
+    new = photos(1000, 3, fingerprint)
+    truth = stars_of_little_taste(new)
+    columns = columns_of(tmp_path / "by content bundle", pa.Table.from_pylist(new, schema=schema.embeddings(32, 48)))
+    found = {
+        name: agreement(Scorer(tmp_path / f"{name} bundle/scorer").predict(columns).quality_score, truth)["srcc"]
+        for name in reports
+    }
+    assert reports["by photo"]["srcc"] > 0.9 > found["by photo"] + 0.5
+    assert reports["by content"]["srcc"] == pytest.approx(found["by content"], abs=0.2)
+    low, high = reports["by content"]["srcc_low_high"]
+    assert low < found["by content"] < high and high - low > 0.3, "50 bursts say little, however many takes"
+
+
 def test_ratings_that_cannot_be_learnt_from_are_refused(
     tiny: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,6 +356,11 @@ def test_ratings_that_cannot_be_learnt_from_are_refused(
     )
     assert "all 40 ratings are 3" in complaint([f"{number:03}.jpg,3" for number in range(40)])
     many = [f"{number:03}.jpg,{number % 5}" for number in range(40)]
+    bursts, stars = Destination(tmp_path / "bursts"), tmp_path / "stars.csv"
+    write_bursts(bursts, stars, open_bundle(tiny).encoder_fingerprint, alike=True)
+    takes = stars.read_text("utf-8").splitlines()[1 : 1 + 29 * TAKES]
+    assert "145 rated photos are in" in (said := complaint(takes, "--tables", bursts.root))
+    assert "near-duplicates counted once 29; rate 30 different ones" in said
     assert "ratings from 0 to 4, outside of the range 1 to 5" in complaint(many, "--range", "1", "5")
     assert "give either --ratings CSV or --xmp" in complaint(many, "--xmp")
     assert "were embedded by other encoders" in complaint(many, "--bundle", "builtin")
