@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,6 +43,27 @@ def local_ray() -> Iterator[None]:
     runs.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train ends by waiting 12 s for an actor that asks the dashboard, and the tests' Ray has none."""
+    from ray.train.v2.api import data_parallel_trainer as trainer
+
+    impatient = functools.partial(trainer.PlacementGroupCleanerCallback, stop_timeout=0.1)
+    monkeypatch.setattr(trainer, "PlacementGroupCleanerCallback", impatient)
+
+
+@pytest.fixture(scope="session")
+def captioned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bundle as `tiny`, with a captioner that babbles."""
+    from picinspector import bundle
+    from tests.bundles import tiny_bundle, write_captioner
+
+    folder = tmp_path_factory.mktemp("bundles") / "captioned"
+    tiny_bundle(folder)
+    write_captioner(folder / "captioner")
+    return bundle.seal(folder, "tiny", "0.0.1").folder
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from picinspector.stages.encode import Encode
 from picinspector.stages.read import caption_crop, crops_of, read_photos
 from picinspector.stages.score import Score
 from picinspector.wording import Facts, check, compose, parse
-from tests.bundles import tiny_bundle, write_captioner
+from tests.bundles import tiny_bundle
 from training.ladders import png
 
 SOFT = Facts(
@@ -42,13 +42,9 @@ class Scripted:
         return self.greedy[: len(crops)] if beams == 1 else [self.beams] * len(crops)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundle")
-    tiny_bundle(path)
-    write_captioner(path / "captioner")
-    bundles.seal(path, "tiny", "0.0.1")
-    return path
+@pytest.fixture
+def folder(captioned_bundle: Path) -> Path:
+    return captioned_bundle
 
 
 @pytest.fixture

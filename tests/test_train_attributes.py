@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from ray.train.v2.api import data_parallel_trainer as trainer
 from safetensors.torch import save_file as save_torch
 
 from picinspector.attributes import AttributeHead
@@ -214,13 +212,6 @@ def test_splits_are_made_by_content(tmp_path: Path) -> None:
     assert (
         data.assign_splits(targets, hashes, "tables", 0) == splits != data.assign_splits(targets, hashes, "tables", 1)
     )
-
-
-@pytest.fixture
-def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train ends by waiting 12 s for an actor that asks the dashboard, and the tests' Ray has none."""
-    impatient = functools.partial(trainer.PlacementGroupCleanerCallback, stop_timeout=0.1)
-    monkeypatch.setattr(trainer, "PlacementGroupCleanerCallback", impatient)
 
 
 def test_two_workers_train_a_head_and_resume(local_ray: None, quick_end: None, tmp_path: Path) -> None:
