@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from picinspector import schema
 from picinspector.bundle import Bundle
 from picinspector.clip import ClipEncoder
 from picinspector.dinov2 import Dinov2Encoder
@@ -126,6 +127,8 @@ class Judge:
         table = _to_arrow(columns)
         for name in ("image_id", "uri", "etag", "error_kind", "error_message"):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+        for part in schema.FACTS:  # the pixels are judged here, not the camera
+            table = table.append_column(part, pa.nulls(table.num_rows, part.type))
         table = table.append_column("size_bytes", pa.nulls(table.num_rows, pa.int64()))
         table = table.append_column("last_modified", pa.nulls(table.num_rows, pa.timestamp("us", tz="UTC")))
         scores = self._score(table)
