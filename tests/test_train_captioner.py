@@ -16,7 +16,7 @@ from picinspector.captioner import Captioner, load_captioner
 from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.wording import Facts, compose
-from training.caption_data import fill
+from training.caption_data import fill, from_texts
 from training.caption_report import baselines, text_figures
 from training.captioner_loop import Captions, _batch, _mirror
 from training.captioner_model import PREPROCESS, SPECIAL_TOKENS, small
@@ -168,6 +168,43 @@ def test_data_are_filled_from_photos(tmp_path: Path, tiny: Path) -> None:
     assert not np.array_equal(crops[first.row.iloc[0]], crops[first.row.iloc[1]])
     data = Captions(tmp_path / "data")
     assert len(data) == 22 and data.seen(np.array([0])).shape == (1, 16)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_person_s_texts_are_read(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(png(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)))
+    rows = [{"uri": f"{number}.png", "text": f'Number {number},\n "well" lit.'} for number in range(12)]
+    path = tmp_path / f"texts.{suffix}"
+    if suffix == "csv":
+        lines = [f'{row["uri"]},"Number {n}, ""well"" lit."' for n, row in enumerate(rows)]
+        path.write_text("\n".join(["uri,text", *lines]))
+    elif suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    from_texts(path, PREPROCESS.crop, tmp_path / "data")
+    data = Captions(tmp_path / "data")
+    assert data.text(3, 0) == 'Number 3, "well" lit.' and data.facts == [None] * 12
+    assert sorted(set(data.split)) == ["train", "validation"]
+    assert data.question(0, told=True) == data.question(0, told=False)  # there is nothing to tell
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("uri,caption\na.png,x", "no column text"),
+        ("uri,text\na.png,", "no text for"),
+        ("uri,text\na.png,x", "take it out of"),
+        ("", "cannot be read as a table"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_told_in_one_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(UsageError, match=message) as error:
+        from_texts(tmp_path / "t.csv", PREPROCESS.crop, tmp_path / "data")
+    assert "\n" not in str(error.value)
 
 
 def test_figures_of_a_perfect_and_of_a_wrong_text() -> None:

@@ -11,7 +11,8 @@ two faults of random strength, judges all of them with a bundle, and writes
 `--builtin-cache` takes crops and embeddings from the cache that `training.train_builtin` has filled, in a minute.
 
 The texts themselves are composed from the facts while training (`picinspector.wording`), so that no wording is seen
-twice; a table of a person's own texts needs no facts, see `training.train_captioner`.
+twice. `--texts TABLE` takes a person's own instead: CSV, Parquet or JSON lines of `uri`, `text` and, where there is
+one, `split`; then there are no copies and no facts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet as pq
 
 from picinspector.bundle import open_bundle
@@ -38,7 +41,7 @@ from picinspector.storage import fetch
 from training.builtin.cache import Rows, read
 from training.builtin.labels import KINDS
 from training.captioner_model import PREPROCESS
-from training.datasets import LabelledPhoto, read_biq2021, read_labels
+from training.datasets import LabelledPhoto, absolute_uri, read_biq2021, read_labels
 from training.judge import Judge
 from training.ladders import png
 from training.splits import cut_validation
@@ -131,6 +134,57 @@ def from_builtin_cache(photos: Sequence[LabelledPhoto], cache: Path, bundle: str
     pq.write_table(pa.table(table), out / "facts.parquet")
 
 
+def from_texts(path: Path, spec: CropSpec, out: Path, seed: int = 0) -> None:
+    """Fill a cache folder with a person's own texts: `text` instead of facts.
+
+    Args:
+        path: table of `uri`, `text` and perhaps `split`.
+        spec: the captioner's crop.
+        out: the folder to fill.
+        seed: of the split, where the table has none: by content, a tenth for validation.
+
+    Raises:
+        UsageError: a column is missing, a text is empty, or a photo cannot be read; the message names it.
+    """
+    table = _read_texts(path)
+    uris = [absolute_uri(uri, path.parent) for uri in table.column("uri").to_pylist()]
+    texts = [" ".join(text.split()) if isinstance(text, str) else "" for text in table.column("text").to_pylist()]
+    if "" in texts:
+        raise UsageError(f"{path}: no text for {uris[texts.index('')]}; write one or take the row out")
+    out.mkdir(parents=True, exist_ok=True)
+    side = spec.crop_px
+    crops = np.lib.format.open_memmap(out / "crops.npy", "w+", np.uint8, (len(uris), side, side, 3))
+    hashes = np.empty(len(uris), dtype=np.uint64)
+    for start in range(0, len(uris), _BATCH):
+        for row, data in enumerate(fetch(uris[start : start + _BATCH]), start):
+            try:
+                if isinstance(data, PhotoError):
+                    raise data
+                photo = decode(data, [spec])
+            except PhotoError as error:
+                raise UsageError(f"{uris[row]}: {error.message}; take it out of {path.name}") from error
+            crops[row], hashes[row] = photo.crops[0], photo.facts["phash"]
+    crops.flush()
+    if "split" in table.column_names:
+        split = table.column("split").to_pylist()
+    else:
+        split = cut_validation(["train"] * len(uris), content_groups(hashes), seed=seed)
+    columns = {"row": np.arange(len(uris)), "uri": uris, "split": split, "text": texts}
+    pq.write_table(pa.table(columns), out / "facts.parquet")
+
+
+def _read_texts(path: Path) -> pa.Table:
+    readers = {".parquet": pq.read_table, ".csv": pyarrow.csv.read_csv}
+    try:
+        table = readers.get(path.suffix.lower(), pyarrow.json.read_json)(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path}: cannot be read as a table ({reason}); give CSV, Parquet or JSON lines") from error
+    if missing := [name for name in ("uri", "text") if name not in table.column_names]:
+        raise UsageError(f"{path}: no column {missing[0]}; it has {', '.join(table.column_names)}")
+    return table
+
+
 def _judged(judge: Judge, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Columns of attributes, scenes and measurements, float32 (N,) each, from columns of embeddings."""
     judged = judge.score(columns)
@@ -199,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--biq2021", type=Path, help="BIQ2021 checkout: its train split")
+    source.add_argument("--texts", type=Path, help="a person's own texts: CSV, Parquet or JSON lines of uri, text")
     source.add_argument("--labels", type=Path, help="a labels table of training.datasets: all but its test split")
     parser.add_argument("--builtin-cache", type=Path, help="with --biq2021: train_builtin's cache, instead of decoding")
     parser.add_argument("--bundle", default="builtin", help="whose heads say what is to be seen")
@@ -209,11 +264,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the cache folder")
     args = parser.parse_args()
     try:
+        spec = captioner_preprocess(args.captioner).crop if args.captioner is not None else PREPROCESS.crop
+        if args.texts is not None:
+            from_texts(args.texts, spec, args.out, args.seed)
+            return
         photos = read_biq2021(args.biq2021) if args.biq2021 is not None else read_labels(args.labels)
         if args.builtin_cache is not None:
             from_builtin_cache(photos, args.builtin_cache, args.bundle, args.out, args.seed)
             return
-        spec = captioner_preprocess(args.captioner).crop if args.captioner is not None else PREPROCESS.crop
         fill(photos[: args.limit], args.bundle, spec, args.out, args.copies, args.seed)
     except PicInspectorError as error:
         print(f"error: {error}", file=sys.stderr)
