@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from picinspector.errors import BundleError
+from picinspector.preprocess import CAPTIONER_SPEC
 from picinspector.zeroshot import write_prompts
 
 MANIFEST = "bundle.json"
@@ -196,12 +197,16 @@ def fetch_full(
     folder: str | os.PathLike[str] | None = None,
     clip: str | os.PathLike[str] | None = None,
     dinov2: str | os.PathLike[str] | None = None,
+    captioner: str | os.PathLike[str] | None = None,
+    captions: bool = True,
 ) -> Bundle:
-    """Put the full bundle together: CLIP ViT-L/14 and DINOv2-base, with zero-shot prompts until a scorer is trained.
+    """Put the full bundle together: CLIP ViT-L/14, DINOv2-base, SmolVLM; zero-shot prompts until a scorer is trained.
 
     Args:
         folder: where to; default `fetched_folder()`. A bundle that is there is replaced.
-        clip, dinov2: local folders in the published formats, instead of the Hugging Face hub at pinned revisions.
+        captions: whether with the captioner.
+        clip, dinov2, captioner: local folders in the published formats, instead of the Hugging Face hub at pinned
+            revisions.
 
     Raises:
         BundleError: a file cannot be had, or the folder holds something else.
@@ -212,8 +217,12 @@ def fetch_full(
         raise BundleError(f"{target} exists and is not a bundle; give a new or an empty folder")
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        for piece, local in (("clip", clip), ("dinov2", dinov2)):
+        wanted = {"clip": clip, "dinov2": dinov2} | ({"captioner": captioner} if captions else {})
+        for piece, local in wanted.items():
             _gather(recipe[piece], Path(local) if local else None, building / piece)
+        if captions:
+            spec = json.dumps(recipe["captioner"]["spec"], indent=2) + "\n"
+            (building / "captioner" / CAPTIONER_SPEC).write_text(spec, "utf-8")
         write_prompts(building / "clip", building / "zero_shot")
         shutil.copyfile(_PACKAGED / "full" / "README.md", building / "README.md")
         seal(building, "full", recipe["version"])
@@ -251,7 +260,7 @@ def _download(hub: str, revision: str, name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BundleError(
             f"cannot download {name} of {hub} from the Hugging Face hub ({type(error).__name__}); check the network, "
-            "or give local copies: picinspector bundle fetch full --clip FOLDER --dinov2 FOLDER"
+            "or give local copies: picinspector bundle fetch full --clip FOLDER --dinov2 FOLDER --captioner FOLDER"
         ) from error
 
 

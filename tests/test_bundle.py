@@ -19,14 +19,24 @@ from safetensors.torch import save_file
 from picinspector import bundle, schema
 from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, fetch_full, fetched_folder, open_bundle, seal
+from picinspector.captioner import Captioner
 from picinspector.clip import ClipEncoder, encode_texts
 from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import BundleError
 from picinspector.photo import CropSpec
-from picinspector.preprocess import clip_preprocess, dinov2_preprocess
+from picinspector.preprocess import captioner_preprocess, clip_preprocess, dinov2_preprocess
 from picinspector.scorer import Scorer
 from picinspector.stages.score import Score, score_columns
-from tests.bundles import TINY_CLIP, TINY_DINOV2, tiny_bundle, write_attributes, write_clip, write_dinov2, write_scorer
+from tests.bundles import (
+    TINY_CLIP,
+    TINY_DINOV2,
+    tiny_bundle,
+    write_attributes,
+    write_captioner,
+    write_clip,
+    write_dinov2,
+    write_scorer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +326,7 @@ def test_the_full_bundle_from_local_folders_scores_zero_shot(tmp_path: Path, mon
     write_clip(tmp_path / "c", TINY_CLIP)
     write_dinov2(tmp_path / "d", TINY_DINOV2, resize_px=64, crop_px=56)
     (tmp_path / "c" / "open_clip_pytorch_model.bin").write_bytes(b"published beside it, and not wanted")
-    full = fetch_full(clip=tmp_path / "c", dinov2=tmp_path / "d")
+    full = fetch_full(clip=tmp_path / "c", dinov2=tmp_path / "d", captions=False)
     full.verify()
     assert full.folder == fetched_folder() == open_bundle("full").folder
     assert (full.name, full.pieces, full.scorer_kind) == ("full", ["clip", "dinov2", "zero_shot"], "zero_shot")
@@ -348,9 +358,9 @@ def test_the_full_bundle_from_local_folders_scores_zero_shot(tmp_path: Path, mon
 def test_fetching_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     write_clip(tmp_path / "c", TINY_CLIP)
     write_dinov2(tmp_path / "d", TINY_DINOV2, resize_px=64, crop_px=56)
-    first = fetch_full(tmp_path / "full", tmp_path / "c", tmp_path / "d")
+    first = fetch_full(tmp_path / "full", tmp_path / "c", tmp_path / "d", captions=False)
     write_clip(tmp_path / "c2", TINY_CLIP, seed=1)
-    second = fetch_full(tmp_path / "full", tmp_path / "c2", tmp_path / "d")
+    second = fetch_full(tmp_path / "full", tmp_path / "c2", tmp_path / "d", captions=False)
     second.verify()
     assert second.encoder_fingerprint != first.encoder_fingerprint
 
@@ -367,6 +377,18 @@ def test_fetching_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c2", "d", "full", "photos"], "nothing half made"
 
 
+def test_the_full_bundle_has_the_published_captioner(tmp_path: Path) -> None:
+    write_clip(tmp_path / "c", TINY_CLIP)
+    write_dinov2(tmp_path / "d", TINY_DINOV2, resize_px=64, crop_px=56)
+    write_captioner(tmp_path / "s")
+    (tmp_path / "s" / "captioner.json").unlink()  # ours, not published
+    full = fetch_full(tmp_path / "full", tmp_path / "c", tmp_path / "d", tmp_path / "s")
+    full.verify()
+    assert full.pieces == ["clip", "dinov2", "zero_shot", "captioner"]
+    assert captioner_preprocess(full.folder / "captioner").crop == CropSpec(224, 224, "bicubic", "squash")
+    assert len(Captioner(full.piece("captioner")).caption(np.zeros((1, 224, 224, 3), np.uint8))) == 1
+
+
 def test_without_a_network_there_is_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -375,5 +397,5 @@ def test_without_a_network_there_is_advice(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     message = refusal(lambda: fetch_full(tmp_path / "full"))
-    assert "bundle fetch full --clip FOLDER --dinov2 FOLDER" in message
+    assert "bundle fetch full --clip FOLDER --dinov2 FOLDER --captioner FOLDER" in message
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from tests.test_pipeline import make_library
 def test_64_photos_through_vit_l_14_and_dinov2_base(
     full_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = fetch_full(tmp_path / "full", clip=full_size / "clip", dinov2=full_size / "dinov2")
+    bundle = fetch_full(tmp_path / "full", clip=full_size / "clip", dinov2=full_size / "dinov2", captions=False)
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 64)
     assert main(["score", str(library), "--out", str(dest), "--bundle", str(bundle.folder), "--json", "-q"]) == 0
