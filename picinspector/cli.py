@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -41,6 +42,7 @@ StorageOptions = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Do at most this many photos.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else Ray on this machine.")]
 _INTERRUPTED = 130
+_TEXT_WIDTH = 100
 
 
 class Captions(StrEnum):
@@ -223,22 +225,43 @@ def top(
 
 @app.command()
 def inspect(
-    photo: Annotated[str, typer.Argument(help="A path or any fsspec URL.")],
+    photo: Annotated[str, typer.Argument(help="A path, an http(s) URL, or any other fsspec URL.")],
     bundle: BundleRef = "builtin",
     as_json: Json = False,
+    plot: Annotated[str | None, typer.Option(metavar="PNG", help="Draw the photo beside a radar chart.")] = None,
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help="Fetch URLs from private and loopback addresses too.")
+    ] = False,
     storage_options: StorageOptions = None,
 ) -> int:
-    """Judge one photo, without a cluster: score, attributes, scene, facts, measurements."""
-    from picinspector.stages.single import judge
+    """Judge one photo, without a cluster: description, score, attributes, scene, suggestions, facts."""
+    from picinspector.stages.single import fetch_photo, judge_bytes, pixels_of
 
-    row = judge(photo, _bundle_path(bundle), _parse_options(storage_options))
+    if plot is not None and not plot.lower().endswith(".png"):
+        raise UsageError(f"--plot {_one_line(plot)}: it is written as PNG; give a name that ends in .png")
+    data = fetch_photo(photo, _parse_options(storage_options), allow_private)
+    row = judge_bytes(data, photo, _bundle_path(bundle))
     if as_json:
         print(json.dumps(row, indent=2, default=str))
     elif row["error_kind"]:
-        _complain(f"{_one_line(row['uri'])}: {row['error_kind']}: {row['error_message']}", 1)
+        _complain(_one_line(f"{row['uri']}: {row['error_kind']}: {row['error_message']}"), 1)
     else:
         print(_judgement_text(row))
-    return 0 if row["error_kind"] is None else 3 if row["error_kind"] in errors.TRANSIENT_KINDS else 1
+    if row["error_kind"]:
+        return 3 if row["error_kind"] in errors.TRANSIENT_KINDS else 1
+    if plot is not None and isinstance(data, bytes):
+        from picinspector.plot import draw
+
+        _write(plot, draw(row, pixels_of(data, photo)))
+    return 0
+
+
+def _write(path: str, content: bytes) -> None:
+    try:
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(content)
+    except OSError as error:
+        raise UsageError(f"{_one_line(path)}: cannot be written ({error.strerror}); give another place") from error
 
 
 @app.command()
@@ -320,13 +343,15 @@ def bundle_fetch(
     to: Annotated[str | None, typer.Option(help="Folder to put it in; default the user's cache.")] = None,
     clip: Annotated[str | None, typer.Option(help="Local copy of the CLIP folder, instead of the hub.")] = None,
     dinov2: Annotated[str | None, typer.Option(help="Local copy of the DINOv2 folder, instead of the hub.")] = None,
+    captioner: Annotated[str | None, typer.Option(help="Local copy of the SmolVLM folder, instead of the hub.")] = None,
+    captions: Annotated[bool, typer.Option(help="With the captioner, or without.")] = True,
 ) -> int:
     """Put the full bundle together from the Hugging Face hub at pinned revisions, or from local copies."""
     from picinspector.bundle import fetch_full
 
     if name != "full":
         raise UsageError(f"nothing to fetch for bundle {name!r}: `full` is fetched, `builtin` is in the package")
-    opened = fetch_full(to, clip, dinov2)
+    opened = fetch_full(to, clip, dinov2, captioner, captions)
     print(f"{opened.name} {opened.version}: {len(opened.files)} files in {opened.folder}")
     return 0
 
@@ -442,12 +467,22 @@ def _ratings_text(report: dict[str, Any]) -> str:
 
 
 def _judgement_text(row: dict[str, Any]) -> str:
-    lines = [_one_line(row["uri"]), f"quality  {row['quality_score']:.2f} of 10 ({row['scorer_kind']})"]
-    lines.append(f"scene    {row['scene']} ({row['scenes'][row['scene']]:.0%})")
-    names = {"noisiness": "noise-free", "brightness": "exposure"}  # high is good in all six
-    lines += [f"  {names.get(name, name):<13}{value:5.1f}" for name, value in row["attributes"].items()]
+    from picinspector.schema import labels_of
+
+    lines = [_one_line(row["uri"])]
+    if row["caption"]:
+        lines += ["", *textwrap.wrap(_one_line(row["caption"]), _TEXT_WIDTH), ""]
+    likely = "" if row["quality_low"] is None else f", likely {row['quality_low']:.1f} to {row['quality_high']:.1f}"
+    lines.append(f"quality  {row['quality_score']:.2f} of 10{likely} ({row['scorer_kind']})")
+    lines.append(f"scene    {row['scene'].replace('_', ' ')} ({row['scene_probability']:.0%})")
+    labels = labels_of(row["scorer_kind"])
+    lines += [f"  {labels[name]:<11}{value:5.1f}" for name, value in row["attributes"].items()]
+    if row["suggestions"]:
+        lines.append("suggestions")
+        for suggestion in row["suggestions"]:
+            lines += textwrap.wrap(suggestion["text"], _TEXT_WIDTH, initial_indent="  - ", subsequent_indent="    ")
     facts = [f"{name} {value}" for name, value in row["facts"].items() if value is not None and name != "phash"]
-    lines.append(f"facts    {', '.join(facts)}")
+    lines.append(f"facts    {_one_line(', '.join(facts))}")
     lines.append("measured " + ", ".join(f"{name} {value:.3g}" for name, value in row["measurements"].items()))
     return "\n".join(lines)
 

@@ -13,8 +13,7 @@ import pyarrow as pa
 #: `scorer_kind` is zero_shot).
 ATTRIBUTES: tuple[str, ...] = ("mos", "brightness", "colorfulness", "contrast", "noisiness", "sharpness")
 
-#: What to call them before people, so that high is good in each by its name too.
-ATTRIBUTE_LABELS: dict[str, str] = {
+_LABELS = {
     "mos": "overall",
     "brightness": "exposure",
     "colorfulness": "colour",
@@ -22,6 +21,16 @@ ATTRIBUTE_LABELS: dict[str, str] = {
     "noisiness": "noise-free",
     "sharpness": "sharpness",
 }
+
+
+def labels_of(scorer_kind: str) -> dict[str, str]:
+    """What to call the attributes before people, so that high is good in each by its name too.
+
+    Args:
+        scorer_kind: with `zero_shot`, brightness is luminance.
+    """
+    return _LABELS | ({"brightness": "brightness"} if scorer_kind == "zero_shot" else {})
+
 
 #: SPAQ's nine scene classes, in the order of the head's logits.
 SCENES: tuple[str, ...] = (

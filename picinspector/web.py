@@ -85,8 +85,8 @@ def fetch_url(url: str, max_bytes: int = MAX_BYTES, timeout_s: float = TIMEOUT_S
                 return answer
             url = _join(target, answer.location)
     except (HTTPError, http.client.HTTPException, OSError) as error:
-        raise _to_photo_error(url, error, deadline) from error
-    raise PhotoError(ErrorKind.STORAGE, f"{_show(url)}: more than {_MAX_REDIRECTS} redirects")
+        raise _to_photo_error(error, deadline) from error
+    raise PhotoError(ErrorKind.STORAGE, f"more than {_MAX_REDIRECTS} redirects")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,22 +152,22 @@ def _get(target: Url, max_bytes: int, deadline: float, allow_private: bool) -> b
         connection.sock = sock  # connected already: it will look up no name
         with contextlib.closing(connection):
             connection.request("GET", target.request_uri, headers=_HEADERS, preload_content=False, decode_content=False)
-            answer = _read(connection.getresponse(), target.url, max_bytes)
+            answer = _read(connection.getresponse(), max_bytes)
     # Cut off, a body of unknown length looks like one that ended.
     _left_s(deadline)
     return answer
 
 
-def _read(response: HTTPResponse, url: str, max_bytes: int) -> bytes | _Redirect:
+def _read(response: HTTPResponse, max_bytes: int) -> bytes | _Redirect:
     location = response.get_redirect_location()
     if location:
         return _Redirect(location)
     if response.status != 200:
         kind = _KINDS.get(response.status, ErrorKind.CONNECTION if response.status >= 500 else ErrorKind.STORAGE)
-        raise PhotoError(kind, f"{_show(url)}: the server answered {response.status}, expected 200")
+        raise PhotoError(kind, f"the server answered {response.status}, expected 200")
     if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        raise PhotoError(ErrorKind.STORAGE, f"{_show(url)}: the server sent it compressed, asked not to")
-    too_many = PhotoError(ErrorKind.TOO_MANY_BYTES, f"{_show(url)}: more than {max_bytes} bytes, the limit")
+        raise PhotoError(ErrorKind.STORAGE, "the server sent it compressed, though asked not to")
+    too_many = PhotoError(ErrorKind.TOO_MANY_BYTES, f"more than {max_bytes} bytes, the limit")
     if (response.length_remaining or 0) > max_bytes:
         raise too_many
     body = bytearray()
@@ -247,18 +247,18 @@ def _left_s(deadline: float, at_most_s: float = float("inf")) -> float:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def _to_photo_error(url: str, error: Exception, deadline: float) -> PhotoError:
+def _to_photo_error(error: Exception, deadline: float) -> PhotoError:
     """A connection that failed as a photo's error. What the other side sent is not repeated."""
     timed_out = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
     if timed_out or time.monotonic() >= deadline:
-        return PhotoError(ErrorKind.TIMEOUT, f"{_show(url)}: took too long")
+        return PhotoError(ErrorKind.TIMEOUT, "took too long")
     if isinstance(error, socket.gaierror):
         kind = ErrorKind.NOT_FOUND if error.errno == socket.EAI_NONAME else ErrorKind.CONNECTION
-        return PhotoError(kind, f"{_show(url)}: no address for this name ({error.strerror})")
+        return PhotoError(kind, f"no address for the name of its host ({error.strerror})")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return PhotoError(ErrorKind.STORAGE, f"{_show(url)}: its certificate is not trusted: {error.verify_message}")
+        return PhotoError(ErrorKind.STORAGE, f"the certificate of its host is not trusted: {error.verify_message}")
     reason = getattr(error, "strerror", None) or type(error).__name__
-    return PhotoError(ErrorKind.CONNECTION, f"{_show(url)}: the connection failed ({reason})")
+    return PhotoError(ErrorKind.CONNECTION, f"the connection failed ({reason})")
 
 
 def _show(url: str) -> str:
