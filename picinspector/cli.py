@@ -177,16 +177,26 @@ def caption(
     bundle: BundleRef = "builtin",
     as_json: Json = False,
     quiet: Quiet = False,
+    captioners: Annotated[int | None, typer.Option(min=1, help="Captioner actors; default from the cluster.")] = None,
+    gpus_per_captioner: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 works on the CPU.")
+    ] = None,
+    max_megapixels: Annotated[float, typer.Option(min=0, help="Refuse photos with more pixels.")] = 300.0,
+    max_megabytes: Annotated[float, typer.Option(min=0, help="Refuse larger files.")] = 512.0,
     storage_options: StorageOptions = None,
     address: Address = None,
 ) -> int:
     """Describe photos of DEST in words: all that are scored, or a choice of them. Reads their pixels again."""
     from picinspector import pipeline
+    from picinspector.photo import Limits
     from picinspector.tables import Choice
 
     options = pipeline.Options(
         bundle=_bundle_path(bundle),
         storage_options=_parse_options(storage_options),
+        limits=Limits(max_bytes=int(max_megabytes * 1024**2), max_pixels=int(max_megapixels * 1e6)),
+        encoders=captioners,
+        gpus_per_encoder=gpus_per_captioner,
         address=address,
         show_progress=not quiet,
     )
@@ -436,6 +446,8 @@ def _record_text(record: dict[str, Any]) -> str:
         f"in {record['seconds']['total']:,.1f} s ({record['photos_per_s']:,.1f}/s)",
         *(f"  {kind}: {number:,}" for kind, number in counts["errors_by_kind"].items()),
     ]
+    if unread := counts["unread_by_kind"]:
+        lines.append("could not be read again: " + ", ".join(f"{number:,} {kind}" for kind, number in unread.items()))
     if captions := counts["captions_by_source"]:
         lines.append("captions: " + ", ".join(f"{number:,} {source}" for source, number in captions.items()))
     if record["bundle"]["scorer_kind"] == "zero_shot":

@@ -149,16 +149,16 @@ def select(
     plain = ("image_id", "uri", "size_bytes", "last_modified", "quality_score", "predicted_mos", "scorer_kind", "scene")
     judged = [name for name in schema.SCORES.names if name.startswith(("attribute_", "scene_"))]
     latest = dest.latest("scores", [*plain, *judged, "error_kind", "error_message", "run_id"])
-    clauses = f"WHERE ({where or 'true'}\n)"  # the line break ends a comment
-    if best is not None or worst is not None:
-        clauses += " AND quality_score IS NOT NULL"
-    clauses += f" ORDER BY quality_score {'ASC' if worst is not None else 'DESC'} NULLS LAST, uri"
-    if (count := best if best is not None else worst) is not None:
-        clauses += f" LIMIT {int(count)}"
-    with duckdb.connect() as connection:
+    with duckdb.connect(config={"enable_external_access": False}) as connection:  # of the user: this table, no files
         connection.register("latest", latest)
+        found = connection.table("latest")
         try:
-            rows: list[dict[str, Any]] = connection.sql(f"SELECT * FROM latest {clauses}").to_arrow_table().to_pylist()
+            found = found.filter(where) if where is not None else found  # one expression, or it is refused
+            if (count := best if best is not None else worst) is not None:
+                found = found.filter("quality_score IS NOT NULL")
+            found = found.order(f"quality_score {'ASC' if worst is not None else 'DESC'} NULLS LAST, uri")
+            found = found.limit(count) if count is not None else found
+            rows: list[dict[str, Any]] = found.to_arrow_table().to_pylist()
         except duckdb.Error as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"--where {where!r} cannot be applied to the scores table: {reason}") from error

@@ -116,7 +116,7 @@ def score(library: str, destination: str, options: Options = Options()) -> dict[
         seconds["embed"], record["embed_photos_per_s"] = _embed(dest, run_id, bundle, options, pools, total)
         seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total)
     seconds["total"] = time.monotonic() - started
-    dest.commit(runs.finish_record(record, dest.tally("error_kind", run_id), dest.tally("caption_source", run_id)))
+    _commit(dest, record)
     return record
 
 
@@ -140,14 +140,15 @@ def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
         rows = stale.select(["run_id", "image_id"])
         seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total, rows)
     seconds["total"] = time.monotonic() - started
-    dest.commit(runs.finish_record(record, dest.tally("error_kind", run_id), dest.tally("caption_source", run_id)))
+    _commit(dest, record)
     return record
 
 
 def caption(destination: str, choice: Choice, options: Options = Options()) -> dict[str, Any]:
     """Describe photos that are scored already: their pixels are read once more, their embeddings are not made again.
 
-    The rows chosen are written anew, with their captions, to both tables.
+    The rows chosen are written anew, with their captions, to both tables; those that this captioner has described
+    already are left as they are.
 
     Args:
         destination: where `score` wrote.
@@ -169,7 +170,7 @@ def caption(destination: str, choice: Choice, options: Options = Options()) -> d
             f"{dest.url}: {stale.num_rows} photos have no score of bundle {bundle.name} {bundle.version}, and captions "
             "are held against its heads; run `picinspector rescore` with this bundle first"
         )
-    rows = _chosen(dest, choose(dest, choice), bundle)
+    rows = _chosen(dest, choose(dest, choice, ["image_id"]), bundle)
     total = dest.write_manifest(run_id, iter([rows.select(schema.MANIFEST.names)] if rows.num_rows else []))
     record["counts"] |= {"listed": listed, "unchanged": listed - total, "to_do": total}
     seconds["list"] = time.monotonic() - started
@@ -181,8 +182,19 @@ def caption(destination: str, choice: Choice, options: Options = Options()) -> d
         seconds["caption"], record["caption_photos_per_s"] = _caption(dest, run_id, bundle, options, pools, total, keys)
         seconds["score"], record["score_photos_per_s"] = _score(dest, run_id, bundle, options, total)
     seconds["total"] = time.monotonic() - started
-    dest.commit(runs.finish_record(record, dest.tally("error_kind", run_id), dest.tally("caption_source", run_id)))
+    _commit(dest, record)
     return record
+
+
+def _commit(dest: Destination, record: dict[str, Any]) -> None:
+    run_id = record["run_id"]
+    unread: dict[str, int] = {}
+    if record["kind"] == "caption":
+        for error, count in dest.tally("embeddings", "caption_error", run_id).items():
+            kind = error.partition(":")[0]
+            unread[kind] = unread.get(kind, 0) + count
+    errors, sources = dest.tally("scores", "error_kind", run_id), dest.tally("scores", "caption_source", run_id)
+    dest.commit(runs.finish_record(record, errors, sources, unread))
 
 
 def _need_captioner(bundle: Bundle) -> None:
@@ -311,7 +323,7 @@ def _add_captions(
         batch_size=pools.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pools.captioners),
-        num_cpus=1,
+        num_cpus=pools.cpus,
         num_gpus=pools.gpus,
     )
 
@@ -479,10 +491,19 @@ def _done(dest: Destination, bundle: Bundle) -> pa.Table:
 
 
 def _chosen(dest: Destination, images: pa.Table, bundle: Bundle) -> pa.Table:
-    """Manifest columns and `run_id` of the newest embeddings rows of these images, those left out that failed."""
-    latest = dest.latest("embeddings", [*schema.MANIFEST.names, "run_id", "error_kind"])
+    """Manifest columns and `run_id` of the newest embeddings rows of these images that lack this bundle's caption."""
+    columns = [*schema.MANIFEST.names, "run_id", "error_kind"]
+    marks = ["caption_fingerprint", "caption_error"]
+    try:
+        latest = dest.latest("embeddings", [*columns, *marks])
+    except UsageError:  # all rows are an older version's: nothing is captioned
+        latest = dest.latest("embeddings", columns)
+        for name in marks:
+            latest = latest.append_column(name, pa.nulls(latest.num_rows, pa.string()))
     mine = pc.is_in(latest.column("image_id"), value_set=images.column("image_id").combine_chunks())
-    return latest.filter(pc.and_(mine, pc.is_null(latest.column("error_kind"))))
+    same = pc.fill_null(pc.equal(latest.column("caption_fingerprint"), bundle.caption_fingerprint), False)
+    done = pc.and_(same, pc.is_null(latest.column("caption_error")))
+    return latest.filter(pc.and_(pc.and_(mine, pc.is_null(latest.column("error_kind"))), pc.invert(done)))
 
 
 def _stale(dest: Destination, bundle: Bundle) -> tuple[int, pa.Table]:

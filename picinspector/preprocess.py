@@ -96,6 +96,8 @@ def captioner_preprocess(folder: str | os.PathLike[str]) -> Preprocess:
         side = int(config["max_image_size"]["longest_edge"])
         resample = cast(Literal["lanczos", "bilinear", "bicubic"], _RESAMPLE[config["resample"]])
         if spec["crop"] == "foveated":
+            if side % 2 or not side <= int(spec["resize_px"]):
+                raise ValueError(f"foveated from {spec['resize_px']} px to {side} px: expected an even, smaller side")
             crop = CropSpec(int(spec["resize_px"]), side, resample, "foveated", "floor")
         elif spec["crop"] == "squash":
             crop = CropSpec(side, side, resample, "squash")

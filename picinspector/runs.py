@@ -18,7 +18,7 @@ import ray
 
 import picinspector
 from picinspector.bundle import Bundle
-from picinspector.errors import TRANSIENT_KINDS
+from picinspector.errors import TRANSIENT_KINDS, UsageError
 from picinspector.storage import redact
 from picinspector.tables import new_run_id
 
@@ -91,7 +91,7 @@ class Pools:
     Attributes:
         encoders: actors in the encode pool, at most; the pool starts with one and grows.
         gpus: GPUs of each, may be a fraction; 0 encodes on the CPU.
-        cpus: logical CPUs of each, and on the CPU its torch threads.
+        cpus: logical CPUs of each, of captioners as well, and on the CPU their torch threads.
         batch_size: photos of one encoder call.
         block_rows: photos of one read task.
         readers: read tasks at once, at most; None lets Ray Data decide, which on two cores starts too many.
@@ -128,13 +128,23 @@ def size_pools(
     all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     whole = 0.5 if captions else 1.0
     gpus = gpus_per_encoder if gpus_per_encoder is not None else (whole if all_gpus else 0.0)
+    pools = 2 if captions else 1  # of actors that hold their CPUs and GPUs as long as the run lasts
     if gpus:
-        share = 2 * gpus if captions else gpus
-        cpus, fitting = 1, max(1, int(all_gpus / share))
+        cpus, fitting = 1, max(1, int(all_gpus / (pools * gpus)))
+        if all_gpus and pools * gpus > all_gpus:
+            raise UsageError(
+                f"{gpus} GPUs for an encoder{' and as many for a captioner' if captions else ''}: the cluster has "
+                f"{all_gpus:g}; lower --gpus-per-encoder"
+            )
     else:
-        # Two CPUs of a node stay free for the tasks that read and write beside its encoders.
-        cpus = max(1, min(8, max(cores), max(logical) - 2))
-        fitting = max(1, int(sum(cores) * 0.75) // cpus)
+        # Two CPUs of a node stay free for the tasks that read and write beside its actors.
+        cpus = max(1, min(8, max(cores), (max(logical) - 2) // pools))
+        fitting = max(1, int(sum(cores) * 0.75) // (pools * cpus))
+    if captions and len(nodes) == 1 and logical[0] < pools * cpus + 1:
+        raise UsageError(
+            f"this Ray has {logical[0]} CPUs: captions need one for the encoders, one for the captioner and one to "
+            "read photos; start it with more (ray start --num-cpus)"
+        )
     batch = batch_size or (128 if gpus else 32)
     even = -(-rows // (2 * max(1, sum(cores))))
     block = max(8, min(max(64, batch), even))
@@ -189,7 +199,7 @@ def new_record(kind: str, bundle: Bundle, destination: str, library: str | None)
 
 
 def finish_record(
-    record: dict[str, Any], errors_by_kind: Mapping[str, int], captions: Mapping[str, int]
+    record: dict[str, Any], errors_by_kind: Mapping[str, int], captions: Mapping[str, int], unread: Mapping[str, int]
 ) -> dict[str, Any]:
     """The record of a run whose tables are whole: counts, speed, environment, outcome.
 
@@ -197,14 +207,16 @@ def finish_record(
         record: from `new_record`.
         errors_by_kind: how many photos failed for which reason.
         captions: how many have a caption from which source.
+        unread: how many photos a caption run could not read again, by error kind.
     """
     counts = record["counts"]
     failed = sum(errors_by_kind.values())
     # The others carry errors over from the run that read the photos: they have none of their own to try again.
-    passing = 0 if record["kind"] != "score" else sum(errors_by_kind.get(kind, 0) for kind in TRANSIENT_KINDS)
+    own = errors_by_kind if record["kind"] == "score" else unread
+    passing = sum(own.get(kind, 0) for kind in TRANSIENT_KINDS)
     counts |= {"scored": counts["to_do"] - failed, "failed": failed, "failed_transient": passing}
     counts["errors_by_kind"] = dict(errors_by_kind)
-    counts["captions_by_source"] = dict(captions)
+    counts["captions_by_source"], counts["unread_by_kind"] = dict(captions), dict(unread)
     record["seconds"] = {name: round(value, 3) for name, value in record["seconds"].items()}
     record["photos_per_s"] = round(counts["to_do"] / max(record["seconds"]["total"], 1e-9), 3)
     record["environment"] = describe_environment()

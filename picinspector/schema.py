@@ -106,8 +106,9 @@ _MEASURED = {
 MEASUREMENT_FIELDS = pa.schema([_field(f"measured_{name}", pa.float32(), _MEASURED[name]) for name in MEASUREMENTS])
 
 
-#: What a caption's words are from: the model; the model's second try, told the facts; the facts alone.
-CAPTION_SOURCES = ("model", "model_retry", "composed")
+#: Whose words a caption is: the model's; its second try's, with more candidates; composed from the facts, because both
+#: contradicted them, or (`unread`) because the photo could not be read again.
+CAPTION_SOURCES = ("model", "model_retry", "composed", "unread")
 CAPTION = pa.schema(
     [
         _field("caption", pa.string(), "the photo's quality in one to three sentences; null where none was asked for"),

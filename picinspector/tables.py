@@ -213,9 +213,9 @@ class Destination:
             groups.setdefault(found, []).append(run_id)
         return list(groups.items())
 
-    def tally(self, column: Literal["error_kind", "caption_source"], run_id: str) -> dict[str, int]:
-        """How many photos of a run have which value in a column of the scores, most first; nulls are not counted."""
-        source = self.scan("scores", [run_id], [column])
+    def tally(self, table: TableName, column: str, run_id: str) -> dict[str, int]:
+        """How many photos of a run have which value in a column of a table, most first; nulls are not counted."""
+        source = self.scan(table, [run_id], [column])
         if source is None:
             return {}
         with duckdb.connect() as connection:
@@ -271,11 +271,11 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which scored photos: one of the three, or all where none is given.
+    """Which scored photos; all of them where nothing is given.
 
     Attributes:
         best, worst: so many with the highest, or lowest, `quality_score`.
-        where: an SQL condition over the columns of the scores table, in DuckDB's dialect.
+        where: an SQL condition over the columns of the scores table, in DuckDB's dialect; best and worst are of those.
     """
 
     best: int | None = None
@@ -283,25 +283,29 @@ class Choice:
     where: str | None = None
 
 
-def choose(dest: Destination, choice: Choice) -> pa.Table:
-    """The newest committed scores row of each photo chosen, all columns, best first; photos without a score left out.
+def choose(dest: Destination, choice: Choice, columns: Sequence[str] = tuple(schema.SCORES.names)) -> pa.Table:
+    """Columns of the newest committed scores row of each photo chosen, best first (with `worst`: worst first).
+
+    Photos without a score are left out.
 
     Raises:
-        UsageError: more than one way was given, the condition is no SQL over this table, or nothing is scored here.
+        UsageError: best and worst were both given, the condition is no SQL over this table, or nothing is scored here.
     """
-    if sum(value is not None for value in (choice.best, choice.worst, choice.where)) > 1:
-        raise UsageError("give one of best, worst and where")
+    if choice.best is not None and choice.worst is not None:
+        raise UsageError("give best or worst, not both")
+    if choice.where is not None and not choice.where.strip():
+        raise UsageError("--where is empty; leave it out, or write it like \"scene = 'night' AND quality_score < 4\"")
     latest = dest.latest("scores", schema.SCORES.names)
-    order = "quality_score ASC, uri" if choice.worst is not None else "quality_score DESC, uri"
     count = choice.best if choice.best is not None else choice.worst
-    limit = f"LIMIT {int(count)}" if count is not None else ""
-    with duckdb.connect(config={"enable_external_access": False}) as connection:  # SQL of the user, on this table only
+    with duckdb.connect(config={"enable_external_access": False}) as connection:  # of the user: this table, no files
         connection.register("latest", latest)
+        rows = connection.table("latest").filter("quality_score IS NOT NULL")
         try:
-            return connection.sql(
-                f"SELECT * FROM latest WHERE quality_score IS NOT NULL AND ({choice.where or 'true'}) "
-                f"ORDER BY {order} {limit}"
-            ).to_arrow_table()
+            if choice.where is not None:
+                rows = rows.filter(choice.where)  # one expression, or it is refused
+            rows = rows.order("quality_score" + (" ASC, uri" if choice.worst is not None else " DESC, uri"))
+            rows = rows.limit(count) if count is not None else rows
+            return rows.project(", ".join(f'"{name}"' for name in columns)).to_arrow_table()
         except duckdb.Error as error:
             reason = str(error).splitlines()[0]
             raise UsageError(

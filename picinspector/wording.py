@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from picinspector.schema import ATTRIBUTES, SCENES
@@ -58,9 +58,11 @@ class Facts:
         return max(self.scenes, key=lambda name: self.scenes[name])
 
     @property
-    def too_dark(self) -> bool:
-        """Which way an exposure that is not good is wrong."""
-        return self.luma < MIDDLE_LUMA
+    def side(self) -> str:
+        """Which way an exposure that is not good is wrong: `dark`, `bright`, or empty where luma does not tell."""
+        if abs(self.luma - MIDDLE_LUMA) <= _LUMA_SLACK:
+            return ""
+        return "dark" if self.luma < MIDDLE_LUMA else "bright"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,72 +114,100 @@ def grade(value: float) -> int:
 
 # --- terms ------------------------------------------------------------------------------------------------------------
 
-#: Aspect -> (lowest grade, highest grade, side) -> patterns. The longest match wins where terms overlap.
+_OF_PHOTO = "(?:photo|image|picture|shot)"
+#: Aspect -> (lowest grade, highest grade, side) -> patterns; a hyphen is read as a space. The longest wins where terms
+#: overlap. Words that are as often about the subject as about the photo (clean, flat, sharp) want a word beside them.
 TERMS: Mapping[str, Mapping[tuple[int, int, str], Sequence[str]]] = {
     "mos": {
-        (0, 0, ""): ("bad quality", "(?:a|of) bad", "very poor", "unusable", "worst of photos"),
-        (1, 1, ""): ("poor quality", "(?:a|of) poor", "weak photo", "below average", "disappointing"),
-        (2, 2, ""): ("fair quality", "(?:a|of) fair", "average quality", "an average", "ordinary"),
-        (3, 3, ""): ("good quality", "(?:a|of) good", "well-made", "a fine"),
+        (0, 0, ""): ("bad quality", "very poor quality", "unusable", f"a bad {_OF_PHOTO}"),
+        (0, 1, ""): ("quality is (?:poor|low|bad)", "low quality"),
+        (1, 1, ""): ("poor quality", f"a (?:poor|weak) {_OF_PHOTO}", "below average", "disappointing"),
+        (2, 2, ""): ("fair quality", "average quality", f"an? (?:average|ordinary|fair) {_OF_PHOTO}"),
+        (3, 3, ""): ("good quality", "well made", f"a (?:good|fine) {_OF_PHOTO}"),
+        (3, 4, ""): ("quality is (?:good|high)", "high quality"),
         (4, 4, ""): ("excellent", "outstanding", "superb"),
     },
     "brightness": {
         (0, 0, "dark"): ("severely underexposed", "far too dark", "almost black", "drowned in shadow"),
         (0, 1, "dark"): ("underexposed", "too dark", "lacks light"),
+        (0, 2, "dark"): (f"{_OF_PHOTO} is (?:very |quite |rather )?dark",),
         (2, 2, "dark"): ("a little dark", "slightly dark", "on the dark side"),
         (0, 0, "bright"): ("severely overexposed", "far too bright", "burnt out", "washed out by light"),
-        (0, 1, "bright"): ("overexposed", "too bright", "blown(?: out)?"),
+        (0, 1, "bright"): ("overexposed", "too bright", "blown out", "highlights are blown"),
         (2, 2, "bright"): ("a little bright", "slightly bright", "on the bright side"),
-        (3, 3, ""): ("well exposed", "exposure is good", "well lit", "well-balanced exposure"),
+        (0, 0, ""): ("very badly exposed", "exposure is all wrong", "light is very uneven"),
+        (0, 1, ""): ("badly exposed", "poorly exposed", "unevenly exposed", "light is uneven"),
+        (2, 2, ""): ("fairly exposed", "exposure is fair", "exposure is ordinary"),
+        (3, 3, ""): ("well exposed", "exposure is good", "well lit", "well balanced exposure"),
         (4, 4, ""): ("perfectly exposed", "exposure is excellent", "beautifully lit", "flawless exposure"),
     },
     "sharpness": {
-        (0, 0, ""): ("badly blurred", "heavily blurred", "nothing is in focus", "detail is lost to blur"),
+        (0, 0, ""): (
+            "badly blurred", "heavily blurred", "very blurry", "nothing is in focus", "detail is lost to blur",
+        ),
         (0, 1, ""): ("blurred", "blurry", "out of focus", "not sharp", "unsharp", "motion blur"),
-        (1, 1, ""): ("soft focus", "rather soft", "lacks sharpness", "fine detail is soft"),
+        (1, 1, ""): ("soft focus", "rather soft", "lacks sharpness", "detail is soft"),
+        (1, 2, ""): ("slightly (?:blurry|blurred|soft)", "a little (?:blurry|blurred|soft)"),
         (2, 2, ""): ("acceptably sharp", "reasonably sharp", "moderately sharp", "moderate sharpness"),
-        (3, 4, ""): ("sharp", "in focus"),
+        (3, 4, ""): (
+            "(?:is|are|looks?) sharp(?! contrasts?)", "sharp (?:image|photo|picture|focus|details?)", "in focus",
+        ),
         (3, 3, ""): ("clearly focused", "good sharpness", "detail is sharp"),
-        (4, 4, ""): ("very sharp", "crisp", "razor-sharp", "excellent sharpness"),
+        (4, 4, ""): (
+            "very sharp", "(?:is|are|looks?|very) crisp", "crisp (?:image|photo|picture|focus|details?)",
+            "(?:razor|tack) sharp", "excellent sharpness",
+        ),
     },
     "noisiness": {
         (0, 0, ""): ("very noisy", "buried in noise", "heavy noise", "extremely grainy"),
         (0, 1, ""): ("noisy", "noticeable noise", "grainy", "visible noise"),
+        (1, 2, ""): ("slightly noisy", "a little noisy"),
         (2, 2, ""): ("a little noise", "some noise", "slightly grainy", "a trace of grain"),
         (3, 3, ""): ("quite clean", "little noise", "low noise"),
-        (3, 4, ""): ("clean", "without noise", "no noise", "no visible noise", "not noisy"),
-        (4, 4, ""): ("perfectly clean", "noise-free", "free of noise"),
+        (3, 4, ""): ("(?:is|are|looks?) clean", "without noise", "no noise", "no visible noise", "not noisy"),
+        (4, 4, ""): ("perfectly clean", "noise free", "free of noise"),
     },
     "contrast": {
         (0, 0, ""): ("extremely flat", "almost no contrast", "hardly any contrast", "lost in haze"),
-        (0, 1, ""): ("flat", "low contrast", "lacks contrast", "weak contrast", "hazy"),
+        (0, 1, ""): (
+            "(?:is|are|looks?|rather|very) flat", "low contrast", "lacks contrast", "weak contrast",
+            "contrast is (?:low|weak|poor)", "hazy",
+        ),
         (2, 2, ""): ("moderate contrast", "fair contrast", "contrast is average", "contrast is ordinary"),
         (3, 3, ""): ("good contrast", "contrast is good", "tones are well separated", "healthy contrast"),
+        (3, 4, ""): ("high contrast", "contrast is (?:high|strong)"),
         (4, 4, ""): ("strong contrast", "excellent contrast", "punchy", "rich contrast"),
     },
     "colorfulness": {
         (0, 0, ""): ("almost colou?rless", "drained of colou?r", "hardly any colou?r", "nearly grey"),
-        (0, 1, ""): ("muted colou?rs", "pale colou?rs", "colou?rs are (?:dull|pale|muted)", "dull", "desaturated"),
+        (0, 1, ""): ("(?:muted|pale|dull) colou?rs?", "colou?rs are (?:dull|pale|muted)", "desaturated"),
         (2, 2, ""): ("moderate colou?rs?", "colou?rs are average", "restrained colou?rs?", "colou?rs are modest"),
         (3, 3, ""): ("pleasing colou?rs?", "colou?rs are (?:good|lively)", "good colou?rs?", "lively colou?rs?"),
-        (3, 4, ""): ("colou?rful", "vivid", "vibrant"),
+        (3, 4, ""): ("(?:is|are|very) colou?rful", "(?:vivid|vibrant) colou?rs?", "are (?:vivid|vibrant)"),
         (4, 4, ""): ("very vivid", "brilliant colou?rs?", "colou?rs are (?:splendid|brilliant)", "splendid colou?rs?"),
     },
-}
+}  # fmt: skip
 
 _SCENE_TERMS: Mapping[str, Sequence[str]] = {
     "animal": ("animals?", "wildlife"),
     "cityscape": ("cityscape", "city", "buildings?", "architecture", "urban"),
     "human": ("person", "people", "portrait", "human"),
     "indoor": ("indoors?", "interior"),
-    "landscape": ("landscape", "nature view", "scenery"),
+    "landscape": ("landscape", "scenery"),
     "night": ("night", "after dark"),
     "plant": ("plants?", "flowers?", "foliage"),
-    "still_life": ("still life", "objects?", "close-up of things"),
+    "still_life": ("still life", "an object"),
     "other": ("unusual subject", "mixed subject"),
 }
 
-_NEGATED = re.compile(r"\b(?:not|isn't|is not|without|no longer)\s+(?:\w+\s+)?$")
+#: A negation and at most three words, up to a term.
+_NEGATED = re.compile(
+    r"(?:\b(?:not|no|never|neither|nor|without|hardly|barely|scarcely|cannot|lacks?|lacking|far from)|n't)"
+    r"(?:\s+\w+){0,3}\s+$"
+)
+_LINKED = re.compile(r"^\s+(?:or|nor)\s+$")
+_CLAUSE_END = re.compile(r"[.,;:!?]|\bbut\b|\bwhile\b")
+_ELSEWHERE = re.compile(r"\b(?:background|backdrop|foreground|bokeh)\b")
 
 
 def _compile() -> re.Pattern[str]:
@@ -197,22 +227,32 @@ _TERM = _compile()
 
 
 def parse(text: str) -> list[Statement]:
-    """What a text says, in its order; the first word on an aspect counts. A negated term is not read.
+    """What a text says of the photo as a whole, in its order, nothing twice.
 
-    `not sharp`, `no noise` and the like are terms of their own.
+    A negated term is not read (`not sharp`, `no noise` and the like are terms of their own), nor what is said of the
+    background. The grammar knows the English that `compose` writes and the commonest of what others write: a text may
+    say more than is found here.
     """
-    found: dict[str, Statement] = {}
+    text = text.lower().replace("\u2019", "'").replace("-", " ")
+    found: dict[Statement, None] = {}
+    last_end, was_negated = 0, False
     for match in _TERM.finditer(text):
         key, _, _ = str(match.lastgroup).rpartition("x")
         aspect, low, high, side = key.split("_")
-        if _NEGATED.search(text[: match.start()].lower()):
+        # A negation reaches over "or" from the term before, and never over a term that stands.
+        between = text[last_end : match.start()]
+        clause = _CLAUSE_END.split(between)[-1]
+        was_negated = bool(_NEGATED.search(clause)) or (was_negated and bool(_LINKED.match(between)))
+        last_end = match.end()
+        around = _CLAUSE_END.split(text[: match.start()])[-1] + _CLAUSE_END.split(text[match.start() :])[0]
+        if was_negated or (aspect != "scene" and _ELSEWHERE.search(around)):
             continue
         if aspect == "scene":
             statement = Statement("scene", 0.0, 0.0, match[0], scene=SCENES[int(low)])
         else:
             statement = Statement(aspect, 20.0 * int(low), 20.0 * (int(high) + 1), match[0], side)
-        found.setdefault(aspect, statement)
-    return list(found.values())
+        found.setdefault(statement)
+    return list(found)
 
 
 def check(text: str, facts: Facts) -> Check:
@@ -221,8 +261,11 @@ def check(text: str, facts: Facts) -> Check:
     wrong: list[Statement] = []
     contradictions: list[Statement] = []
     statements = parse(text)
+    # A person in a city is both: one scene that may be so is enough.
+    scenes = [statement for statement in statements if statement.aspect == "scene"]
+    nearest = min((_distance(statement, facts) for statement in scenes), default=0.0)
     for statement in statements:
-        off = _distance(statement, facts)
+        off = nearest if statement.aspect == "scene" else _distance(statement, facts)
         (right if off <= TOLERANCE else wrong).append(statement)
         if off > CONTRADICTION:
             contradictions.append(statement)
@@ -235,9 +278,7 @@ def _distance(statement: Statement, facts: Facts) -> float:
     """Points between what is stated and the attribute, 0 where it holds; 100 for another scene or the wrong side."""
     if statement.aspect == "scene":
         return 0.0 if facts.scenes[statement.scene] >= SURE_SCENE / 2 or statement.scene == facts.scene else 100.0
-    if statement.side == "dark" and facts.luma > MIDDLE_LUMA + _LUMA_SLACK:
-        return 100.0
-    if statement.side == "bright" and facts.luma < MIDDLE_LUMA - _LUMA_SLACK:
+    if statement.side and facts.side and statement.side != facts.side:
         return 100.0
     value = facts.attributes[statement.aspect]
     return max(0.0, statement.low - value, value - statement.high)
@@ -256,13 +297,15 @@ _CLAUSES: Mapping[tuple[str, int, str], Sequence[str]] = {
         "the exposure is a little dark", "{p} is slightly dark", "the exposure is on the dark side",
     ),
     ("brightness", 0, "bright"): (
-        "{p} is severely overexposed", "{p} is far too bright", "the highlights are burnt out",
-        "the tones are washed out by light",
+        "{p} is severely overexposed", "{p} is far too bright", "the tones are washed out by light",
     ),
-    ("brightness", 1, "bright"): ("{p} is overexposed", "{p} is too bright", "the highlights are blown out"),
+    ("brightness", 1, "bright"): ("{p} is overexposed", "{p} is too bright", "the exposure is too bright"),
     ("brightness", 2, "bright"): (
         "the exposure is a little bright", "{p} is slightly bright", "the exposure is on the bright side",
     ),
+    ("brightness", 0, ""): ("{p} is very badly exposed", "the exposure is all wrong", "the light is very uneven"),
+    ("brightness", 1, ""): ("{p} is poorly exposed", "{p} is unevenly exposed", "the light is uneven"),
+    ("brightness", 2, ""): ("{p} is fairly exposed", "the exposure is fair", "the exposure is ordinary"),
     ("brightness", 3, ""): ("{p} is well exposed", "the exposure is good", "the scene is well lit"),
     ("brightness", 4, ""): ("{p} is perfectly exposed", "the exposure is excellent", "the scene is beautifully lit"),
     ("sharpness", 0, ""): (
@@ -369,11 +412,11 @@ def strengths(facts: Facts) -> list[str]:
 
 
 def tell(facts: Facts) -> str:
-    """The facts as a line for a prompt: what a captioner is told when its own words were wrong."""
+    """The facts as a line for a prompt: what a captioner is told of what the heads see."""
     parts = [f"overall {GRADES[grade(facts.attributes['mos'])]}"]
     for name in _ORDER:
         value = grade(facts.attributes[name])
-        side = f" ({'dark' if facts.too_dark else 'bright'})" if name == "brightness" and value <= 2 else ""
+        side = f" ({facts.side})" if name == "brightness" and value <= 2 and facts.side else ""
         parts.append(f"{_NAMES[name]} {GRADES[value]}{side}")
     return f"scene {facts.scene.replace('_', ' ')}, {', '.join(parts)}"
 
@@ -394,12 +437,10 @@ def _fair(facts: Facts) -> list[str]:
 
 def _key(name: str, facts: Facts) -> tuple[str, int, str]:
     value = grade(facts.attributes[name])
-    side = ("dark" if facts.too_dark else "bright") if name == "brightness" and value <= 2 else ""
-    return name, value, side
+    return name, value, facts.side if name == "brightness" and value <= 2 else ""
 
 
-def _sentence(clauses: Sequence[str], turn: str, pick: object) -> str:
-    assert callable(pick)
+def _sentence(clauses: Sequence[str], turn: str, pick: Callable[[Sequence[str]], str]) -> str:
     first = f"{turn}, {clauses[0]}" if turn else clauses[0]
     named = [first, *clauses[1:]]
     photo = pick(_PHOTO)
@@ -410,7 +451,7 @@ def _sentence(clauses: Sequence[str], turn: str, pick: object) -> str:
 
 def is_fluent(text: str) -> bool:
     """One to three sentences, ended, and no stretch of five words twice."""
-    sentences = re.findall(r"[^.!?]+[.!?]", text)
+    sentences = re.findall(r"\S.*?[.!?](?=\s|$)", text)  # not within a number
     words = re.findall(r"\w+", text.lower())
     stretches = list(zip(*(words[start:] for start in range(5)), strict=False))
     return 1 <= len(sentences) <= 3 and text[-1:] in ".!?" and len(set(stretches)) == len(stretches)

@@ -13,8 +13,10 @@ import pytest
 from picinspector import bundle as bundles
 from picinspector import schema
 from picinspector.bundle import open_bundle
+from picinspector.captioner import Captioner
 from picinspector.manifest import stat_uris
 from picinspector.photo import Limits
+from picinspector.stages import caption as stage
 from picinspector.stages.caption import Caption, describe, read_again
 from picinspector.stages.encode import Encode
 from picinspector.stages.read import caption_crop, crops_of, read_photos
@@ -105,6 +107,27 @@ def test_every_row_keeps_its_place(folder: Path, photos: list[str]) -> None:
     )
 
 
+def test_each_photo_has_the_words_of_its_own_crop_and_facts(
+    folder: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captioner that repeats what it was shown and told: rows around a failed photo must not slip."""
+
+    def repeat(self: Any, crops: np.ndarray, facts: Any = None, beams: int = 1) -> list[str]:
+        return [f"Pixels {crop.sum()} and {fact}." for crop, fact in zip(crops, facts, strict=True)]
+
+    monkeypatch.setattr(Captioner, "caption", repeat)
+    monkeypatch.setattr(stage, "tell", lambda facts: f"sharpness {facts.attributes['sharpness']:.5f}")
+    rows = embedded(folder, photos)
+    [column] = caption_crop(open_bundle(folder))
+    said = Caption(str(folder), column)(rows).column("caption").to_pylist()
+    alone = [Caption(str(folder), column)(rows.slice(row, 1)).column("caption")[0].as_py() for row in range(5)]
+    assert said == alone and said[2] is None
+    for row in (0, 1, 3, 4):
+        pixels = np.frombuffer(rows.column(column)[row].as_py(), np.uint8)
+        assert f"Pixels {pixels.sum()} and sharpness" in said[row]
+    assert len({text.split("sharpness")[1] for text in said if text}) == 4  # facts differ as well
+
+
 def test_a_batch_without_one_good_photo(folder: Path, photos: list[str]) -> None:
     [column] = caption_crop(open_bundle(folder))
     done = Caption(str(folder), column)(embedded(folder, [photos[2]]))
@@ -114,11 +137,13 @@ def test_a_batch_without_one_good_photo(folder: Path, photos: list[str]) -> None
 def test_a_photo_that_is_gone_is_described_from_its_facts(folder: Path, photos: list[str]) -> None:
     stored = Encode(str(folder))(read_photos(stat_uris(photos), crops_of(open_bundle(folder)), Limits()))
     Path(photos[1]).unlink()
+    Path(photos[3]).write_bytes(Path(photos[4]).read_bytes())
     crops = caption_crop(open_bundle(folder))
     done = Caption(str(folder), *crops)(read_again(stored, crops, Limits())).to_pylist()
-    assert [row["caption_source"] for row in done][1:3] == ["composed", None]
+    assert [row["caption_source"] for row in done][1:3] == ["unread", None]
     assert done[1]["caption_error"].startswith("not_found: ")
-    assert [row["caption_error"] is None for row in done] == [True, False, True, True, True]
+    assert done[3]["caption_error"].startswith("changed: ") and done[3]["caption_source"] == "unread"
+    assert [row["caption_error"] is None for row in done] == [True, False, True, False, True]
     assert done[2]["error_kind"] == "unknown_format"
 
 

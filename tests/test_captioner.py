@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Idefics3ImageProcessor, Idefics3Processor, SmolVLMConfig
 
 from picinspector import captioner
@@ -95,7 +96,8 @@ def test_words_do_not_depend_on_the_batch(folder: Path, told: bool) -> None:
     alone = [model.caption(photos[[row]], facts and [facts[row]])[0] for row in range(11)]
     backwards = model.caption(photos[::-1], facts and facts[::-1])[::-1]
     assert together == alone == backwards
-    assert len(set(together)) > 1 or not told  # else this test would hold for a model that sees and hears nothing
+    if told:  # what a random model sees is too little to change its babble
+        assert len(set(together)) > 1
 
 
 def test_no_photos_no_words(folder: Path) -> None:
@@ -141,6 +143,30 @@ def test_an_adapter_that_is_a_pickle_is_refused(folder: Path, tmp_path: Path) ->
         load_captioner(target, CPU, torch.float32)
 
 
+def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    """peft would warn, and caption with the base as it is."""
+    target = tmp_path / "foreign"
+    shutil.copytree(folder, target)
+    model, _ = load_captioner(folder, CPU, torch.float32)
+    get_peft_model(model, LoraConfig(r=4, target_modules=r".*text_model.*\.q_proj")).save_pretrained(target / "adapter")
+    path = target / "adapter" / "adapter_model.safetensors"
+    save_file({f"other.{name}": value for name, value in load_file(path).items()}, path)
+    with pytest.raises(BundleError, match="is not in both the adapter and its model"):
+        load_captioner(target, CPU, torch.float32)
+
+
+def test_code_of_the_model_s_own_is_not_run(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "remote"
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoModelForImageTextToText": "code.Model"}}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(BundleError, match="model_type mine, expected one of idefics3, smolvlm"):
+        load_captioner(target, CPU, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "captioner.json"])
 @pytest.mark.parametrize("how", ["missing", "empty"])
 def test_a_damaged_folder_is_one_clear_line(folder: Path, tmp_path: Path, name: str, how: str) -> None:
@@ -159,6 +185,7 @@ def test_a_damaged_folder_is_one_clear_line(folder: Path, tmp_path: Path, name: 
     [
         (" It is sharp. It is", "It is sharp."),
         ("It is\n\tsharp.\x1b[31m", "It is sharp."),
+        ("Taken at f/2.8. Then at f/4.5 and", "Taken at f/2.8."),
         ("no end", "no end"),
         ("", ""),
     ],

@@ -70,8 +70,8 @@ def test_the_best_are_described_afterwards(scored: Path, captioned_bundle: Path,
         code = main(["caption", str(dest), "--best", "3", "--bundle", str(captioned_bundle), "--json", "--quiet"])
     finally:
         gone.with_suffix(".gone").rename(gone)
-    assert code == 0
     record = json.loads(capsys.readouterr().out)
+    assert code == 0 and record["counts"]["unread_by_kind"] == {"not_found": 1}
     assert record["kind"] == "caption"
     assert record["counts"]["to_do"] == record["counts"]["scored"] == 3
     assert sum(record["counts"]["captions_by_source"].values()) == 3
@@ -80,11 +80,13 @@ def test_the_best_are_described_afterwards(scored: Path, captioned_bundle: Path,
     assert [name for name, row in captions.items() if row["caption"]] == [
         name for name in captions if name in {Path(row["uri"]).name for row in ranking[:3]}
     ]
-    assert captions[gone.name]["caption_source"] == "composed"
+    assert captions[gone.name]["caption_source"] == "unread"
     errors = latest(dest, "embeddings", "caption_error")
     assert errors[gone.name]["caption_error"].startswith("not_found")
     assert sum(row["caption_error"] is not None for row in errors.values()) == 1
     assert vectors(dest) == before
+    again = pipeline.caption(str(dest), Choice(best=3), options(captioned_bundle))
+    assert again["counts"]["to_do"] == again["counts"]["captions_by_source"].get("unread", 0) + 1 == 1
     assert [(row["uri"], row["quality_score"]) for row in best(Destination(dest), 12)] == [
         (row["uri"], row["quality_score"]) for row in ranking
     ]
@@ -100,12 +102,26 @@ def test_a_choice_in_sql(scored: Path, tmp_path: Path) -> None:
     assert worst == [row["uri"] for row in sorted(everything, key=lambda row: (row["quality_score"], row["uri"]))][:2]
     middle = sorted(scores)[6]
     assert choose(dest, Choice(where=f"quality_score > {middle}")).num_rows == sum(score > middle for score in scores)
-    with pytest.raises(UsageError, match="one of best, worst and where"):
+    lowest = choose(dest, Choice(worst=2, where=f"quality_score > {middle}")).column("quality_score").to_pylist()
+    assert lowest == sorted(score for score in scores if score > middle)[:2]
+    with pytest.raises(UsageError, match="best or worst, not both"):
         choose(dest, Choice(best=1, worst=1))
-    for wrong in ("quality", "quality_score > 1); DROP TABLE latest; --", f"uri IN (SELECT * FROM '{tmp_path}/x.csv')"):
+    with pytest.raises(UsageError, match="--where is empty"):
+        choose(dest, Choice(where=" "))
+    secret, target = tmp_path / "secret.csv", tmp_path / "target.csv"
+    secret.write_text("uri\nx\n")
+    for wrong in (
+        "quality",
+        "true); DROP VIEW latest; --",
+        "false) OR (true",
+        "true) UNION ALL SELECT * FROM latest --",
+        f"uri IN (SELECT uri FROM read_csv('{secret}'))",
+        f"true); COPY latest TO '{target}'; --",
+    ):
         with pytest.raises(UsageError, match="is no condition over the scores") as error:
             choose(dest, Choice(where=wrong))
         assert "\n" not in str(error.value)
+    assert not target.exists()
 
 
 def test_a_bundle_without_a_captioner_says_so(scored: Path, tiny: Path, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_night_after_night(tmp_path: Path, tiny: Path) -> None:
     first = pipeline.score(str(library), str(dest), options(tiny))
     assert first["counts"] | {"errors_by_kind": 0} == {
         "listed": 7, "to_do": 7, "unchanged": 0, "scored": 6, "failed": 1, "failed_transient": 0, "errors_by_kind": 0,
+        "captions_by_source": {}, "unread_by_kind": {},
     }  # fmt: skip
     again = pipeline.score(str(library), str(dest), options(tiny))
     assert (again["counts"]["to_do"], again["counts"]["unchanged"]) == (0, 7)

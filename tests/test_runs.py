@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from picinspector import progress, runs
+from picinspector.errors import UsageError
 from picinspector.runs import Pools
 
 
@@ -68,6 +69,27 @@ def test_what_is_given_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, {"CPU": 32.0}, {"CPU": 32.0, "GPU": 1.0})
     pools = runs.size_pools(1_000_000, encoders=3, gpus_per_encoder=0.25, batch_size=256)
     assert (pools.encoders, pools.gpus, pools.batch_size, pools.block_rows) == (3, 0.25, 256, 256)
+
+
+def test_captioners_have_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pools hold what they have as long as the run lasts: together they must leave room to read."""
+    cluster(monkeypatch, {"CPU": 6.0}, cores=2, started=True)
+    here = runs.size_pools(1000, captions=True)
+    assert (here.encoders, here.captioners, here.cpus) == (1, 1, 2)
+    cluster(monkeypatch, *[{"CPU": 16.0}] * 10)
+    many = runs.size_pools(10**6, captions=True)
+    assert many.encoders == many.captioners and (many.encoders + many.captioners) * many.cpus <= 0.75 * 160
+    cluster(monkeypatch, *[{"CPU": 8.0, "GPU": 1.0}] * 4)
+    gpus = runs.size_pools(10**6, captions=True)
+    assert (gpus.encoders, gpus.captioners, gpus.gpus) == (4, 4, 0.5)
+    assert runs.size_pools(10**6).captioners == 0
+    cluster(monkeypatch, {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(UsageError, match="lower --gpus-per-encoder"):
+        runs.size_pools(1000, gpus_per_encoder=1, captions=True)
+    cluster(monkeypatch, {"CPU": 2.0}, cores=2)
+    with pytest.raises(UsageError, match="captions need one for the encoders"):
+        runs.size_pools(1000, captions=True)
+    assert runs.size_pools(1000).cpus == 1
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3661, "1h01m")])

@@ -16,6 +16,7 @@ from picinspector.captioner import Captioner, load_captioner
 from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.wording import Facts, compose
+from tests.bundles import write_captioner
 from training.caption_data import fill, from_texts
 from training.caption_report import baselines, text_figures
 from training.captioner_loop import Captions, _batch, _mirror
@@ -111,10 +112,14 @@ def test_lora_learns_a_person_s_own_words(local_ray: None, quick_end: None, tmp_
         ({"base": "builtin"}, "without --base"),
         ({"small": False}, "give --small"),
         ({"data": Path("nowhere")}, "no facts.parquet"),
+        ({"small": False, "base": "BASE", "lora_rank": 4}, "--look-steps 2: an adapter leaves the vision alone"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     make_data(tmp_path / "data", photos=4)
+    if changes.get("base") == "BASE":
+        write_captioner(tmp_path / "base")
+        changes = changes | {"base": str(tmp_path / "base")}
     with pytest.raises(UsageError, match=message) as error:
         train(toy(tmp_path, **changes))
     assert "\n" not in str(error.value)

@@ -34,7 +34,7 @@ from picinspector.bundle import open_bundle
 from picinspector.degrade import DEGRADATIONS
 from picinspector.duplicates import content_groups
 from picinspector.errors import PhotoError, PicInspectorError, UsageError
-from picinspector.photo import CropSpec, decode, foveate
+from picinspector.photo import CropSpec, Photo, decode, foveate
 from picinspector.preprocess import captioner_preprocess
 from picinspector.schema import ATTRIBUTES, MEASUREMENTS, SCENES
 from picinspector.storage import fetch
@@ -81,8 +81,9 @@ def fill(
             for number in range(1 + copies):
                 rng = np.random.default_rng((seed, start, number))
                 kinds, severities = _faults(rng, len(batch), number > 0)
-                files = list(pool.map(_degrade, batch, kinds, severities, range(start, start + len(batch))))
-                cut = list(pool.map(lambda file: decode(file, [spec]), files))
+                names = [photo.uri for photo in photos[start : start + len(batch)]]
+                files = list(pool.map(_degrade, names, batch, kinds, severities, range(start, start + len(batch))))
+                cut = list(pool.map(_decode, names, files, [spec] * len(files)))
                 if number == 0:
                     hashes += [int(photo.facts["phash"]) for photo in cut]
                 rows = np.arange(start, start + len(batch)) + number * len(photos)
@@ -221,10 +222,21 @@ def _faults(
     return kinds, severities
 
 
-def _degrade(data: bytes, kinds: tuple[str, ...], severities: tuple[float, ...], seed: int) -> bytes:
+def _decode(uri: str, data: bytes, spec: CropSpec) -> Photo:
+    try:
+        return decode(data, [spec])
+    except PhotoError as error:
+        raise UsageError(f"{uri}: {error.message}; take it out of the labels") from error
+
+
+def _degrade(uri: str, data: bytes, kinds: tuple[str, ...], severities: tuple[float, ...], seed: int) -> bytes:
     if not kinds:
         return data
-    image = cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    # In full, where `decode` would give the working image; OpenCV knows fewer formats.
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if decoded is None:
+        raise UsageError(f"{uri}: copies are made of JPEG, PNG, WebP, TIFF and BMP; take it out, or use --copies 0")
+    image = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
     for kind, severity in zip(kinds, severities, strict=True):
         image = DEGRADATIONS[kind](image, severity, seed=seed)
     return png(image)

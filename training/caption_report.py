@@ -21,7 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from picinspector.bundle import open_bundle
 from picinspector.captioner import Captioner
 from picinspector.degrade import DEGRADATIONS
-from picinspector.errors import PicInspectorError
+from picinspector.errors import PhotoError, PicInspectorError, UsageError
 from picinspector.photo import decode
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.wording import Facts, check, compose, is_fluent, parse, tell
@@ -240,7 +240,10 @@ def main() -> None:
         ladders = ladder_photos(test, known, args.ladder_photos, args.seed)
         fresh = [photo for photo in test if photo.path.name.lower() not in known]
         chosen = np.sort(np.random.default_rng(args.seed).permutation(len(fresh))[: args.photos])
-        files = [data for data in fetch([fresh[row].uri for row in chosen]) if isinstance(data, bytes)]
+        files = fetch([fresh[row].uri for row in chosen])
+        for row, data in zip(chosen, files, strict=True):
+            if isinstance(data, PhotoError):
+                raise UsageError(f"{fresh[row].uri}: {data.message}")
         facts = facts_of(judge, files)
         crops = np.stack([decode(data, [captioner.crop]).crops[0] for data in files])
         references = [compose(fact, row) for row, fact in enumerate(facts)]

@@ -50,7 +50,7 @@ class Plan:
             before it teaches it to look.
         look_batch_size: of all workers together, in those.
         look_share: weight of that loss in the other steps.
-        told_share: share of the samples whose prompt holds the facts, for the second try of the caption stage.
+        told_share: share of the samples whose prompt holds the facts, as the caption stage gives them.
         threads: of a worker on the CPU.
         checkpoint_steps: steps from one checkpoint, and validation, to the next.
         stop_after_step: end at the first checkpoint at or after this step, as an interruption would.
@@ -215,7 +215,9 @@ def train_worker(config: dict[str, Plan]) -> None:
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     peaks = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=plan.steps, pct_start=_RISING)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peaks, total_steps=plan.steps, pct_start=_RISING, cycle_momentum=False
+    )
     history = _resume(learning, optimizer, schedule, device)
     dtype = pick_dtype(device)
 
@@ -236,7 +238,7 @@ def train_worker(config: dict[str, Plan]) -> None:
         return loss
 
     def validation_loss(rows: np.ndarray) -> torch.Tensor:
-        batch = _batch(data, tokenizer, base.config, rows, rows, np.zeros(len(rows), dtype=bool))
+        batch = _batch(data, tokenizer, base.config, rows, rows, rows % 2 == 0)  # half of the photos told, half not
         tokens = {name: value.to(device) for name, value in batch.items()}
         pixels = to_input(data.crops(rows), how, device, torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -293,7 +295,7 @@ def _mirror(pixels: torch.Tensor, parts: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _validate(loss_of: Any, rows: np.ndarray, batch_size: int) -> float:
-    """Mean loss of photos that are not trained on, each with one fixed wording and no facts told."""
+    """Mean loss of photos that are not trained on, each with one fixed wording."""
     sums = 0.0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

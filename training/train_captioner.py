@@ -66,7 +66,7 @@ class Settings:
     look_steps: int = 0
     look_batch_size: int = 64
     look_share: float = 0.3
-    told_share: float = 0.15
+    told_share: float = 0.5
     checkpoint_steps: int = 200
     seed: int = 0
     workers: int | None = None
@@ -96,9 +96,17 @@ def train(settings: Settings, stop_after_step: int | None = None) -> dict[str, A
     side = captioner_preprocess(base).crop.crop_px
     if data.side_px != side:
         raise UsageError(f"{settings.data}: crops of {data.side_px} px, the captioner takes {side}")
+    unknown = any(fact is None for fact in data.facts)
+    if settings.look_steps and (settings.lora_rank or unknown):
+        raise UsageError(
+            f"--look-steps {settings.look_steps}: an adapter leaves the vision alone, and texts without facts cannot "
+            "teach it; leave the option out"
+        )
     runs.connect()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = settings.workers or max(1, gpus)
+    if gpus and workers > gpus:
+        raise UsageError(f"--workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
     shared = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
     values = {name: getattr(settings, name) for name in shared} | {
         "base": str(base),

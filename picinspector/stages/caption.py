@@ -124,7 +124,7 @@ class Caption:
         sources = np.full(len(good), None, dtype=object)
         facts = self._facts(rows.filter(pa.array(good))) if good.any() else None
         if facts is not None:
-            texts[good], sources[good] = [compose(fact) for fact in facts], "composed"
+            texts[good], sources[good] = [compose(fact) for fact in facts], "unread"
         if seen.any():
             told = None if facts is None else [facts[row] for row in np.flatnonzero(seen[good])]
             pixels = to_pixels(crops.filter(pa.array(seen)), self._captioner.crop.crop_px)
@@ -153,14 +153,23 @@ def read_again(
 ) -> pa.Table:
     """Rows of the embeddings table, with the captioner's crop of each photo read once more.
 
-    A photo that cannot be read any more keeps its embeddings; `caption_error` says why there is no crop.
+    A photo that cannot be read any more, or is another by now, keeps its embeddings; `caption_error` says why there is
+    no crop: an error kind, or `changed`, and a message.
     """
     [(column, _)] = crops.items()
     good = pc.is_null(rows.column("error_kind"))
     wanted = rows.filter(good)
     read = read_photos(wanted.select(schema.MANIFEST.names), crops, limits, storage_options)
+    same = np.ones(wanted.num_rows, dtype=bool)
+    for name in ("phash", "width", "height"):
+        same &= np.asarray(pc.fill_null(pc.equal(read.column(name), wanted.column(name)), False))
     position = pa.array(np.cumsum(np.asarray(good)) - 1, pa.int64(), mask=~np.asarray(good))
-    error = pc.binary_join_element_wise(read.column("error_kind"), read.column("error_message"), ": ")
+    error = pc.if_else(
+        pc.is_valid(read.column("error_kind")),
+        pc.binary_join_element_wise(read.column("error_kind"), read.column("error_message"), ": "),
+        pc.if_else(pa.array(same), None, "changed: not the photo that was scored; score it again"),
+    )
     index = rows.schema.get_field_index("caption_error")
     rows = rows.set_column(index, rows.schema.field(index), error.take(position))
-    return rows.append_column(column, read.column(column).take(position))
+    crop = pc.if_else(pa.array(same), read.column(column), pa.scalar(None, pa.large_binary()))
+    return rows.append_column(column, crop.take(position))
