@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.projections.polar import PolarAxes
 
 from picinspector.schema import ATTRIBUTES, labels_of
@@ -57,7 +58,7 @@ def draw(row: Mapping[str, Any], pixels: np.ndarray) -> bytes:
 def _photo(axes: Axes, pixels: np.ndarray, uri: str) -> None:
     axes.imshow(pixels, interpolation="antialiased")
     axes.set_axis_off()
-    axes.set_anchor("C")
+    axes.set_anchor("W")
     name = printable(uri.rstrip("/").rpartition("/")[2] or uri)
     if len(name) > _NAME_CHARACTERS:
         name = f"{name[: _NAME_CHARACTERS // 2 - 1]}…{name[-_NAME_CHARACTERS // 2 :]}"
@@ -66,8 +67,9 @@ def _photo(axes: Axes, pixels: np.ndarray, uri: str) -> None:
 
 def _headline(figure: Figure, row: Mapping[str, Any]) -> None:
     """The score, large, and the scene."""
-    figure.text(0.615, 0.885, f"{row['quality_score']:.1f}", fontsize=40, color=_INK, weight="bold")
-    figure.text(0.688, 0.887, "of 10", fontsize=14, color=_MUTED)
+    score = figure.text(0.615, 0.885, f"{row['quality_score']:.1f}", fontsize=40, color=_INK, weight="bold")
+    right = score.get_window_extent().x1 / SIZE_PX[0]
+    figure.text(right + 0.008, 0.885, "of 10", fontsize=14, color=_MUTED)
     scene = f"{row['scene'].replace('_', ' ')}  {row['scene_probability']:.0%}"
     figure.text(0.96, 0.917, "scene", fontsize=10, color=_MUTED, ha="right")
     figure.text(0.96, 0.885, scene, fontsize=14, color=_INK, ha="right", **_PLAIN)
@@ -104,7 +106,10 @@ def _radar(axes: PolarAxes, values: Sequence[float], labels: Sequence[str]) -> N
     for index, grade in enumerate(GRADES):
         ring = 100 * (index + 1) / len(GRADES)
         axes.plot(closed, [ring] * len(closed), color=_FAINT, linewidth=0.9, zorder=1)
-        axes.text(0, ring - 10, grade, fontsize=7.5, color=_MUTED, ha="center", va="center", zorder=4)
+        axes.annotate(
+            grade, (0, ring - 10), (4, 0), textcoords="offset points", fontsize=7.5, color=_MUTED, va="center",
+            zorder=4, path_effects=[withStroke(linewidth=2, foreground="white", alpha=0.8)],
+        )  # fmt: skip
     for angle in angles:
         axes.plot([angle, angle], [0, 100], color=_FAINT, linewidth=0.9, zorder=1)
     shown = [*values, values[0]]
@@ -123,16 +128,16 @@ def _words(figure: Figure, row: Mapping[str, Any]) -> None:
     caption = textwrap.wrap(printable(row["caption"] or ""), _LINE_CHARACTERS - 20)
     y, left = 0.215, _LINES
     for line in caption[:left]:
-        figure.text(0.03, y, line, fontsize=12.5, color=_INK, va="top", **_PLAIN)
+        figure.text(0.025, y, line, fontsize=12.5, color=_INK, va="top", **_PLAIN)
         y, left = y - 0.032, left - 1
     y -= 0.012
     for suggestion in row["suggestions"]:
         lines = textwrap.wrap(printable(suggestion["text"]), _LINE_CHARACTERS)
         if len(lines) > left:
             break
-        figure.text(0.03, y, "→", fontsize=10.5, color=_BLUE, va="top")
+        figure.text(0.025, y, "→", fontsize=10.5, color=_BLUE, va="top")
         for line in lines:
-            figure.text(0.05, y, line, fontsize=10.5, color=_MUTED, va="top", **_PLAIN)
+            figure.text(0.045, y, line, fontsize=10.5, color=_MUTED, va="top", **_PLAIN)
             y, left = y - 0.028, left - 1
 
 

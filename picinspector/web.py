@@ -51,10 +51,18 @@ _KINDS |= {429: ErrorKind.THROTTLED, 503: ErrorKind.THROTTLED}
 
 #: Global unicast (RFC 4291). Outside lie the addresses that carry an IPv4 one: ::ffff:0:0/96, NAT64's 64:ff9b::/96.
 _IPV6_GLOBAL = ipaddress.IPv6Network("2000::/3")
-#: These carry one too: 6to4 and Teredo, both given up by now.
-_IPV6_TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32"))
-#: Azure's platform channel: looks public, and answers virtual machines only.
-_AZURE_WIRE_SERVER = ipaddress.IPv4Address("168.63.129.16")
+#: What Python's `is_global` lets through, in all its versions or in some.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's platform channel: looks public, and answers virtual machines only
+        "192.0.0.0/24",  # IETF protocol assignments (RFC 6890); Oracle Cloud's metadata
+        "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
+        "2001::/23",  # IETF protocol assignments (RFC 2928), Teredo, which carries an IPv4 address
+        "2002::/16",  # 6to4, which carries one too
+        "3fff::/20",  # documentation (RFC 9637)
+    )
+)
 
 
 def is_web_url(text: str) -> bool:
@@ -103,11 +111,9 @@ def is_public(address: str) -> bool:
     special-purpose registries), nor do IPv6 addresses that carry an IPv4 address.
     """
     ip = ipaddress.ip_address(address)
-    if not ip.is_global or ip.is_multicast or ip.is_reserved or ip == _AZURE_WIRE_SERVER:
+    if not ip.is_global or ip.is_multicast or ip.is_reserved or any(ip in network for network in _NOT_PUBLIC):
         return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        return ip in _IPV6_GLOBAL and not any(ip in tunnels for tunnels in _IPV6_TUNNELS)
-    return True
+    return ip.version == 4 or ip in _IPV6_GLOBAL
 
 
 # --- one hop ----------------------------------------------------------------------------------------------------------
