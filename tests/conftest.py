@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import ray_head, services
 from tests import s3_server as s3
-from tests import services
 
 # Before anything imports pyarrow.fs or botocore: both read these once.
 os.environ.update(s3.ENVIRONMENT)
@@ -64,6 +64,13 @@ def captioned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_bundle(folder)
     write_captioner(folder / "captioner")
     return bundle.seal(folder, "tiny", "0.0.1").folder
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_head.Head]:
+    """A Ray head of its own that takes jobs; stopped when the session ends."""
+    with ray_head.start(tmp_path_factory.mktemp("head") / "log") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

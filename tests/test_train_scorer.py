@@ -35,10 +35,9 @@ def photos() -> dict[str, np.ndarray]:
     return {"embedding": embedding.astype(np.float16), "sharpness": sharpness, "mos": mos, "phash": phash}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_inputs(folder: Path) -> Path:
     """`embeddings/` in two files, `labels.csv` in another order, with a photo that has no embedding."""
-    folder, made = tmp_path_factory.mktemp("scorer"), photos()
+    made = photos()
     table = pa.table(
         {
             "uri": [f"/p/{number}.jpg" for number in range(COUNT)],
@@ -53,6 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"/p/{number}.jpg,{made['mos'][number]:.4f}" for number in reversed(range(COUNT))]
     (folder / "labels.csv").write_text("\n".join(["uri,mos", *lines, "/p/gone.jpg,3"]) + "\n", "utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("scorer"))
 
 
 @pytest.fixture(scope="module")
