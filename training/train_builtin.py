@@ -27,7 +27,7 @@ from training.builtin.cache import Rows, fill, read
 from training.builtin.calibrate import match_spaq
 from training.datasets import read_biq2021
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 STEPS = ("cache", "tower", "targets", "dinov2", "attributes", "scorer", "seal")
 _CARD = Path(__file__).parent / "builtin" / "card.md"
 _MEASURED = tuple(f"measured_{name}" for name in MEASUREMENTS)
