@@ -118,7 +118,7 @@ class Captioner:
             do_sample=False,
             num_beams=beams,
             max_new_tokens=self._max_new_tokens,
-            eos_token_id=self._tokenizer.convert_tokens_to_ids(_END),
+            eos_token_id=[self._tokenizer.convert_tokens_to_ids(_END), self._tokenizer.eos_token_id],
             pad_token_id=self._tokenizer.pad_token_id,
         )
         texts = self._tokenizer.batch_decode(tokens[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)

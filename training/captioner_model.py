@@ -102,7 +102,16 @@ def prefixed(vision: SmolVLMForConditionalGeneration, wheel: Path) -> tuple[Smol
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[2:])})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    decoder.resize_token_embeddings(len(tokenizer))
+    decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():  # an adapter leaves the embedding alone, so the new tokens begin as what they stand for
+        rows = decoder.get_input_embeddings().weight
+        for new, old in (
+            ("<end_of_utterance>", "<|im_end|>"),
+            ("<fake_token_around_image>", "\n"),
+            ("<global-img>", "\n"),
+        ):
+            [like] = tokenizer(old, add_special_tokens=False).input_ids
+            rows[tokenizer.convert_tokens_to_ids(new)] = rows[like]
     config = SmolVLMConfig(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=vision.config.scale_factor,
