@@ -18,6 +18,7 @@ from picinspector import towers
 from picinspector.bundle import open_bundle
 from picinspector.plot import SIZE_PX
 from picinspector.schema import ATTRIBUTES, SCENES
+from picinspector.wording import parse
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "inspecting.ipynb"
@@ -38,12 +39,14 @@ def test_it_runs_and_shows_words_scores_and_radar_charts(tmp_path: Path) -> None
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs: list[Any] = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    printed = [output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"]
+    caption, text = printed[0], "".join(printed)
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 2
     for picture in pictures:
         assert Image.open(io.BytesIO(base64.b64decode(picture))).size == SIZE_PX
-    assert "This photo" in text and "quality" in text and "scene" in text
+    assert parse(caption), caption  # it speaks of the photo's quality in terms of the grammar
+    assert "quality" in text and "scene" in text
     assert all(name in text for name in ATTRIBUTES)
     assert "underexposed" in text  # what was done to the second photo is said, and suggested against
 
