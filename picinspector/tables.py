@@ -157,20 +157,20 @@ class Destination:
         return dataset.scanner(columns=list(columns))
 
     def _fields(self, files: Sequence[str], columns: Sequence[str]) -> pa.Schema:
-        """Columns as the newest files have them; an older version wrote fewer, whose rows are null there.
+        """The fields of the newest file, and columns only older ones have; rows of files without one are null there.
 
         Raises:
             UsageError: no file has one of them.
         """
-        fields = {"run_id": pa.field("run_id", pa.string())}
-        for file in reversed(files):
+        fields = {field.name: field for field in (*self._schema(files[-1]), pa.field("run_id", pa.string()))}
+        for file in reversed(files[:-1]):
             if fields.keys() >= set(columns):
                 break
             found = self._schema(file)
             fields |= {name: found.field(name) for name in columns if name not in fields and name in found.names}
         if missing := sorted(set(columns) - fields.keys()):
             raise UsageError(f"{self.url}: an older version wrote these tables, without {missing[0]}: score them again")
-        return pa.schema([fields[name] for name in columns])
+        return pa.schema(list(fields.values()))
 
     def _schema(self, file: str) -> pa.Schema:
         with self.filesystem.open(file, "rb") as opened:
