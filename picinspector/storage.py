@@ -19,6 +19,8 @@ import fsspec.asyn
 import fsspec.core
 
 from picinspector.errors import ErrorKind, PhotoError, StorageError
+from picinspector.redaction import hide
+from picinspector.redaction import redact as redact
 
 _Answer = TypeVar("_Answer")
 
@@ -66,6 +68,7 @@ def open_filesystem(
         StorageError: unknown protocol, or a package for it is not installed.
     """
     text = os.fspath(url)
+    hide(options)  # before anything can fail and name them
     try:
         if is_local(text):
             return fsspec.filesystem("file"), local_path(text)
@@ -103,12 +106,6 @@ def to_uri(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def redact(text: str) -> str:
-    """Text without passwords in URLs and without query strings, where signatures live."""
-    text = re.sub(r"(\w+://)[^@/\s]+@", r"\1", text)
-    return re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", text)
 
 
 def is_signed(uri: str) -> bool:

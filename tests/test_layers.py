@@ -19,6 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("storage", "manifest", "photo", "measure", "clip", "dinov2", "captioner", "scorer", "zeroshot"),
             *("fold", "towers"),
+            *("logs", "redaction"),
             *(
                 "attributes",
                 "feedback",
