@@ -50,11 +50,15 @@ class ErrorKind(StrEnum):
     """Why a photo has no values: the `error_kind` column of the tables."""
 
     NOT_FOUND = "not_found"
+    #: This file is not for us; `credentials` are the keys themselves: unknown, expired, or this machine's clock is wrong.
     ACCESS_DENIED = "access_denied"
+    CREDENTIALS = "credentials"
     THROTTLED = "throttled"
     TIMEOUT = "timeout"
     CONNECTION = "connection"
     STORAGE = "storage"
+    #: There is another version than the manifest names: replaced since the library was listed.
+    CHANGED = "changed"
     TOO_MANY_BYTES = "too_many_bytes"
     EMPTY = "empty"
     UNKNOWN_FORMAT = "unknown_format"
@@ -62,6 +66,8 @@ class ErrorKind(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
+    #: It kills the process that decodes it.
+    CRASHED = "crashed"
     INTERNAL = "internal"
     # Of the remote critic, beside `timeout` and `connection`:
     RATE_LIMITED = "rate_limited"
@@ -73,15 +79,19 @@ class ErrorKind(StrEnum):
 
     @property
     def transient(self) -> bool:
-        """True where the same photo may well succeed in the next run."""
+        """True where the same photo may well succeed in the next run.
+
+        Not all of them within seconds: `storage` tries again what passes by itself, not `credentials` and `changed`.
+        """
         passing = {ErrorKind.THROTTLED, ErrorKind.TIMEOUT, ErrorKind.CONNECTION}
+        passing |= {ErrorKind.CREDENTIALS, ErrorKind.CHANGED}
         return self in passing | {ErrorKind.RATE_LIMITED, ErrorKind.SERVER_ERROR}
 
     @property
     def final(self) -> bool:
         """True where only other bytes could give another outcome; the rest is tried again by every run."""
         unreadable = {ErrorKind.EMPTY, ErrorKind.UNKNOWN_FORMAT, ErrorKind.TRUNCATED, ErrorKind.CORRUPT}
-        return self in unreadable | {ErrorKind.REFUSED}
+        return self in unreadable | {ErrorKind.CRASHED, ErrorKind.REFUSED}
 
 
 TRANSIENT_KINDS: tuple[str, ...] = tuple(kind.value for kind in ErrorKind if kind.transient)

@@ -111,6 +111,7 @@ def test_an_error_of_a_storage_library_gets_its_kind(error: Exception, kind: Err
 
 def test_exactly_the_passing_faults_are_transient() -> None:
     transient = {ErrorKind.THROTTLED, ErrorKind.TIMEOUT, ErrorKind.CONNECTION}
+    transient |= {ErrorKind.CREDENTIALS, ErrorKind.CHANGED}
     transient |= {ErrorKind.RATE_LIMITED, ErrorKind.SERVER_ERROR}  # of a critic
     assert {kind for kind in ErrorKind if kind.transient} == transient
 
