@@ -50,7 +50,7 @@ class ErrorKind(StrEnum):
     """Why a photo has no values: the `error_kind` column of the tables."""
 
     NOT_FOUND = "not_found"
-    #: This file is not for us; `credentials` are the keys themselves: unknown, expired, or this machine's clock is wrong.
+    #: This file is not for us; with `credentials` the keys are no good: unknown, expired, or by a clock that is wrong.
     ACCESS_DENIED = "access_denied"
     CREDENTIALS = "credentials"
     THROTTLED = "throttled"
