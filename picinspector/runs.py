@@ -80,6 +80,11 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
+def is_retry() -> bool:
+    """In a task: whether Ray tries it anew, because its worker died or what it gave was lost with a node."""
+    return bool(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())  # no public way: 2.60
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -6,7 +6,7 @@ does. What it says is checked all the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,9 +149,13 @@ class Caption:
 
 
 def read_again(
-    rows: pa.Table, crops: Mapping[str, CropSpec], limits: Limits, storage_options: StorageOptions | None = None
+    rows: pa.Table,
+    crops: Mapping[str, CropSpec],
+    limits: Limits,
+    storage_options: StorageOptions | None = None,
+    is_retry: Callable[[], bool] | None = None,
 ) -> pa.Table:
-    """Rows of the embeddings table, with the captioner's crop of each photo read once more.
+    """Rows of the embeddings table, with the captioner's crop of each photo read once more (as `read_photos` does).
 
     A photo that cannot be read any more, or is another by now, keeps its embeddings; `caption_error` says why there is
     no crop: an error kind, or `changed`, and a message.
@@ -159,7 +163,7 @@ def read_again(
     [(column, _)] = crops.items()
     good = pc.is_null(rows.column("error_kind"))
     wanted = rows.filter(good)
-    read = read_photos(wanted.select(schema.MANIFEST.names), crops, limits, storage_options)
+    read = read_photos(wanted.select(schema.MANIFEST.names), crops, limits, storage_options, is_retry)
     same = np.ones(wanted.num_rows, dtype=bool)
     for name in ("phash", "width", "height"):
         same &= np.asarray(pc.fill_null(pc.equal(read.column(name), wanted.column(name)), False))

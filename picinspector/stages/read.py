@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from picinspector.measure import measure
 from picinspector.photo import CropSpec, Limits, decode
 from picinspector.preprocess import captioner_preprocess, clip_preprocess, dinov2_preprocess
 from picinspector.stages import CROP_COLUMNS
+from picinspector.stages.guard import TIMEOUT_S, Guard, deadline
 from picinspector.storage import StorageOptions, fetch
 
 #: Encoded bytes one task holds at a time: 64 camera raws of 30 MB would be 2 GB a task.
@@ -47,20 +49,37 @@ def read_photos(
     crops: Mapping[str, CropSpec],
     limits: Limits,
     storage_options: StorageOptions | None = None,
+    is_retry: Callable[[], bool] | None = None,
 ) -> pa.Table:
     """Fetch and decode a batch: manifest columns in; facts, measurements, crops and errors beside them out.
 
     Bytes and full-size pixels end here. A crop is a binary value of S * S * 3 bytes, null where the row has an error.
+
+    Args:
+        manifest: `schema.MANIFEST`.
+        crops: by column, from `crops_of`.
+        limits: what a photo may cost.
+        storage_options: of the library.
+        is_retry: asked in a worker that may die of a photo, and is replaced then: whether that may have happened. If
+            so, each photo is decoded in a child process, and the one that kills it becomes `crashed`. A photo that
+            hangs ends the worker. None in a process that must live.
     """
     options = storage_options.reveal() if storage_options is not None else None
     uris: list[str] = manifest.column("uri").to_pylist()
     sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
     rows: list[dict[str, Any]] = []
-    for window in _windows(sizes, limits.max_bytes):
-        fetched = _fetch(uris[window], sizes[window], options, limits)
-        for position, uri in enumerate(uris[window]):
-            rows.append(read_photo(fetched[position], crops, limits, os.path.splitext(uri)[1]))  # noqa: PTH122
-            fetched[position] = b""  # each file's bytes go as soon as its pixels are here
+    with Guard(read_photo) if is_retry is not None and is_retry() else nullcontext() as guard:
+        for window in _windows(sizes, limits.max_bytes):
+            fetched = _fetch(uris[window], sizes[window], options, limits)
+            for position, uri in enumerate(uris[window]):
+                photo = (fetched[position], crops, limits, os.path.splitext(uri)[1])  # noqa: PTH122
+                if guard is not None:
+                    rows.append(_read_guarded(guard, *photo))
+                else:
+                    with deadline(TIMEOUT_S) if is_retry is not None else nullcontext():
+                        rows.append(read_photo(*photo))
+                del photo
+                fetched[position] = b""  # each file's bytes go as soon as its pixels are here
     return to_table(manifest, rows, tuple(crops))
 
 
@@ -100,6 +119,21 @@ def _fetch(
     for index, data in zip(wanted, fetched, strict=True):
         files[index] = data
     return files
+
+
+def _read_guarded(
+    guard: Guard[dict[str, Any]],
+    data: bytes | PhotoError,
+    crops: Mapping[str, CropSpec],
+    limits: Limits,
+    suffix: str,
+) -> dict[str, Any]:
+    if isinstance(data, bytes):
+        try:
+            return guard(data, crops, limits, suffix)
+        except PhotoError as error:
+            data = error
+    return read_photo(data, crops, limits, suffix)
 
 
 def read_photo(data: bytes | PhotoError, crops: Mapping[str, CropSpec], limits: Limits, suffix: str) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Calls that may kill their process: made in a child process, or under a watch that ends this one if they hang.
+
+A codec that crashes takes its process along, and a worker that decodes 64 photos cannot say which one it died of. So a
+batch is decoded as it is, at no cost; if its worker died, Ray tries again, and then every photo gets a child process to
+die in. The child lives on from photo to photo: a batch whose worker somebody killed pays for one start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from picinspector.errors import ErrorKind, PhotoError
+
+_Answer = TypeVar("_Answer")
+
+#: Of one photo. The largest that is let in (300 megapixels) takes seconds; an overloaded core may need some more.
+TIMEOUT_S = 120.0
+#: A child may have been killed for what others did (the kernel's out-of-memory killer chooses by size).
+_ATTEMPTS = 2
+
+
+class Guard(Generic[_Answer]):
+    """A function called in a child process, one call after the other."""
+
+    def __init__(
+        self, function: Callable[..., _Answer], timeout_s: float = TIMEOUT_S, memory_bytes: int | None = None
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            function: of a module, by whose name the child imports it. Arguments and answers are pickled.
+            timeout_s: a call that takes longer dies.
+            memory_bytes: address space of the child; half of this machine's memory if None.
+        """
+        self._function, self._timeout_s = function, timeout_s
+        self._memory_bytes = memory_bytes if memory_bytes is not None else machine_memory_bytes() // 2
+        # Not forked: this process has threads, and a lock that one of them holds would stay shut in the child.
+        self._context = multiprocessing.get_context("spawn")
+        self._child: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
+
+    def __enter__(self) -> Guard[_Answer]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._child is not None:
+            self._end()
+
+    def __call__(self, *arguments: Any) -> _Answer:
+        """What the function answers, and what it raises.
+
+        Raises:
+            PhotoError: `crashed`: a child died of this call, and so did the next one.
+            OSError: no child can be started at all, for which no photo is to blame.
+        """
+        fate = ""
+        for _ in range(_ATTEMPTS):
+            connection = self._start() if self._child is None else self._child[1]
+            try:
+                connection.send(arguments)
+                answer, error = connection.recv()
+            except (EOFError, ConnectionError):
+                fate = self._fate(self._end())
+                continue
+            if error is not None:
+                raise error
+            return answer  # type: ignore[no-any-return]
+        raise PhotoError(ErrorKind.CRASHED, fate)
+
+    def _start(self) -> Connection:
+        ours, theirs = self._context.Pipe()
+        arguments = (theirs, self._function, self._timeout_s, self._memory_bytes)
+        child = self._context.Process(target=_serve, args=arguments, daemon=True)
+        child.start()
+        theirs.close()  # else the end of the child would not end the connection
+        self._child = (child, ours)
+        try:
+            ours.recv()
+        except EOFError:
+            raise OSError(f"no process to decode photos in could be started: exit code {self._end()}") from None
+        return ours
+
+    def _end(self) -> int:
+        """End the child if it is still there, and say its exit code."""
+        assert self._child is not None
+        child, connection = self._child
+        self._child = None
+        connection.close()  # a child that waits for the next call ends by itself
+        child.join(timeout=1.0)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        code = child.exitcode
+        child.close()
+        assert code is not None
+        return code
+
+    def _fate(self, exit_code: int) -> str:
+        if exit_code == -signal.SIGALRM:
+            return f"decoding it takes longer than {self._timeout_s:g} s"
+        cause = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+        return f"decoding it kills its process ({cause})"
+
+
+def _serve(connection: Connection, function: Callable[..., Any], timeout_s: float, memory_bytes: int) -> None:
+    """The child: answers calls until nobody makes any more."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # the system has a lower limit, or cannot limit it at all
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    connection.send(None)  # alive
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        while True:
+            arguments = connection.recv()
+            answer, failure = None, None
+            with deadline(timeout_s):
+                try:
+                    answer = function(*arguments)
+                except Exception as error:  # raised again where the call was made
+                    failure = error
+            connection.send((answer, failure))
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """End this process by SIGALRM if the body takes longer: also in C code that never comes back."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def machine_memory_bytes() -> int:
+    """Memory that this machine has, or that its container may use."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there; or "max"
+            memory = min(memory, int(Path(limit).read_text()))
+    return memory

@@ -1,0 +1,59 @@
+"""Photos that do something to the process that decodes them, by a codec of the tests' own.
+
+Importing this module registers the codec in a process. It gets to Ray's workers and to the children of theirs with
+`HAZARDS`: limits of a class of this module, which whoever unpickles them has to import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import IO
+
+from PIL import Image, PngImagePlugin
+
+from picinspector.photo import Limits
+from tests.awkward import encode, quadrants
+
+_MAGIC = b"POISON:"
+
+
+@dataclass(frozen=True, slots=True)
+class _Hazards(Limits):
+    """Ordinary limits."""
+
+
+HAZARDS = _Hazards()
+
+
+def poison(act: str) -> bytes:
+    """A file that does this when it is decoded: `abort`, `segfault`, `kill`, `hang`, or `sleep 0.5` and is a photo."""
+    return _MAGIC + act.encode() + b"\n" + encode(quadrants(64, 48), "PNG")
+
+
+def _accept(prefix: bytes) -> bool:
+    return prefix.startswith(_MAGIC)
+
+
+def _open(file: IO[bytes], name: str | bytes) -> PngImagePlugin.PngImageFile:
+    act, _, amount = file.readline().removeprefix(_MAGIC).strip().partition(b" ")
+    if act == b"abort":
+        os.abort()
+    elif act == b"segfault":
+        ctypes.string_at(0)
+    elif act == b"kill":  # what the kernel does to a process that takes all the memory
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif act == b"hang":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        time.sleep(600)
+    elif act == b"sleep":
+        time.sleep(float(amount))
+    return PngImagePlugin.PngImageFile(io.BytesIO(file.read()))
+
+
+# Of the formats that `photo` lets Pillow try, the one that no file has: a bitmap without its header.
+Image.register_open("DIB", _open, _accept)
