@@ -68,11 +68,17 @@ RESET = OSError(104, "Connection reset by peer")
         (s3_error("NoSuchBucket", 404), ErrorKind.NOT_FOUND),
         (s3_error("AccessDenied", 403), ErrorKind.ACCESS_DENIED),
         (s3_error("403", 403), ErrorKind.ACCESS_DENIED),
-        (s3_error("ExpiredToken", 400), ErrorKind.ACCESS_DENIED),
-        (s3_error("SignatureDoesNotMatch", 403), ErrorKind.ACCESS_DENIED),
+        (s3_error("ExpiredToken", 400), ErrorKind.CREDENTIALS),
+        (s3_error("InvalidAccessKeyId", 403), ErrorKind.CREDENTIALS),
+        (s3_error("SignatureDoesNotMatch", 403), ErrorKind.CREDENTIALS),
+        (s3_error("RequestTimeTooSkewed", 403), ErrorKind.CREDENTIALS),
+        (s3_error("TokenRefreshRequired", 400), ErrorKind.CREDENTIALS),
+        (s3_error("InvalidToken", 400), ErrorKind.CREDENTIALS),
         (s3_error("InvalidObjectState", 403), ErrorKind.ACCESS_DENIED),
         (s3_error("InvalidArgument", 400), ErrorKind.STORAGE),
-        (botocore.exceptions.NoCredentialsError(), ErrorKind.ACCESS_DENIED),
+        (botocore.exceptions.NoCredentialsError(), ErrorKind.CREDENTIALS),
+        (botocore.exceptions.PartialCredentialsError(provider="env", cred_var="secret"), ErrorKind.CREDENTIALS),
+        (botocore.exceptions.SSOTokenLoadError(error_msg="expired"), ErrorKind.CREDENTIALS),
         (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), ErrorKind.CONNECTION),
         (botocore.exceptions.ConnectionClosedError(endpoint_url="http://x"), ErrorKind.CONNECTION),
         (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), ErrorKind.TIMEOUT),
@@ -233,7 +239,7 @@ def test_a_server_that_hangs_is_a_time_out(web: FaultyServer, monkeypatch: pytes
     web.faults["/a.jpg"] = ["hang"] * 50
     started = time.monotonic()
     assert kinds(fetch([f"{web.url}/a.jpg", f"{web.url}/b.jpg"])) == [ErrorKind.TIMEOUT, b"a photo"]
-    assert 0.9 <= time.monotonic() - started < 10
+    assert 0.3 <= time.monotonic() - started < 10
 
 
 def test_nobody_listens() -> None:
@@ -383,7 +389,7 @@ def test_s3_failures_are_values(s3_server: S3Server, s3_bucket: str) -> None:
     wrong = {**s3_server.storage_options, "secret": "very-wrong-secret"}
     [error] = fetch([uris[1]], wrong)
     assert isinstance(error, PhotoError)
-    assert error.kind == ErrorKind.ACCESS_DENIED
+    assert error.kind == ErrorKind.CREDENTIALS
     assert "very-wrong-secret" not in error.message
 
 

@@ -67,10 +67,11 @@ def read_photos(
     options = storage_options.reveal() if storage_options is not None else None
     uris: list[str] = manifest.column("uri").to_pylist()
     sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
+    etags: list[str | None] = manifest.column("etag").to_pylist()
     rows: list[dict[str, Any]] = []
     with Guard(read_photo) if is_retry is not None and is_retry() else nullcontext() as guard:
         for window in _windows(sizes, limits.max_bytes):
-            fetched = _fetch(uris[window], sizes[window], options, limits)
+            fetched = _fetch(uris[window], etags[window], sizes[window], options, limits)
             for position, uri in enumerate(uris[window]):
                 photo = (fetched[position], crops, limits, os.path.splitext(uri)[1])  # noqa: PTH122
                 if guard is not None:
@@ -109,13 +110,21 @@ def _windows(sizes: Sequence[int | None], max_bytes: int) -> Iterator[slice]:
 
 
 def _fetch(
-    uris: Sequence[str], sizes: Sequence[int | None], options: Mapping[str, Any] | None, limits: Limits
+    uris: Sequence[str],
+    etags: Sequence[str | None],
+    sizes: Sequence[int | None],
+    options: Mapping[str, Any] | None,
+    limits: Limits,
 ) -> list[bytes | PhotoError]:
+    # An empty file is known by its listing: a library may have a million of them.
     files: list[bytes | PhotoError] = [
-        PhotoError(ErrorKind.TOO_MANY_BYTES, f"{size} bytes, the limit is {limits.max_bytes}") for size in sizes
+        PhotoError(ErrorKind.TOO_MANY_BYTES, f"{size} bytes, the limit is {limits.max_bytes}") if size else b""
+        for size in sizes
     ]
-    wanted = [index for index, size in enumerate(sizes) if size is None or size <= limits.max_bytes]
-    fetched = fetch([uris[index] for index in wanted], options, limits.max_bytes)
+    wanted = [index for index, size in enumerate(sizes) if size is None or 0 < size <= limits.max_bytes]
+    fetched = fetch(
+        [uris[i] for i in wanted], options, limits.max_bytes, [etags[i] for i in wanted], [sizes[i] for i in wanted]
+    )
     for index, data in zip(wanted, fetched, strict=True):
         files[index] = data
     return files
