@@ -16,6 +16,7 @@ from picinspector.bundle import open_bundle
 from picinspector.captioner import Captioner
 from picinspector.manifest import stat_uris
 from picinspector.photo import Limits
+from picinspector.stages import Batch
 from picinspector.stages import caption as stage
 from picinspector.stages.caption import Caption, describe, read_again
 from picinspector.stages.encode import Encode
@@ -92,10 +93,11 @@ def test_every_row_keeps_its_place(folder: Path, photos: list[str]) -> None:
     rows = embedded(folder, photos)
     [column] = caption_crop(open_bundle(folder))
     assert rows.column_names[-1] == column
-    reports: list[tuple[int, int]] = []
-    done = Caption(str(folder), column, report=lambda *counts: reports.append(counts))(rows)
+    reports: list[Batch] = []
+    done = Caption(str(folder), column, report=reports.append)(rows)
     assert done.schema.equals(schema.embeddings(32, 48))
-    assert done.column("uri").to_pylist() == photos and reports == [(5, 1)]
+    assert done.column("uri").to_pylist() == photos
+    assert [batch[:3] for batch in reports] == [("caption", 5, {})], "the error arose before"
     for row in done.to_pylist():
         if row["error_kind"] is not None:
             assert row["caption"] is row["caption_source"] is row["caption_fingerprint"] is None

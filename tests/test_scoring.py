@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from picinspector.errors import BundleError, ErrorKind
 from picinspector.manifest import list_library, stat_uris
 from picinspector.photo import Limits, decode
 from picinspector.scorer import Scorer, feature_matrix, to_quality_score
+from picinspector.stages import Batch
 from picinspector.stages.encode import Encode
 from picinspector.stages.read import crops_of, read_photos
 from picinspector.stages.score import Score, score_columns
@@ -203,11 +205,11 @@ SCORED += ["predicted_mos", "quality_low", "quality_high"]
 def test_rows_in_are_rows_out(folder: Path, tmp_path: Path, pattern: str, chunks: int) -> None:
     manifest, expected = make_manifest(tmp_path, pattern)
     bundle, good = open_bundle(folder), [kind is None for kind in expected]
-    reported: list[tuple[int, int]] = []
+    reported: list[Batch] = []
 
-    read = in_chunks(read_photos(manifest, crops_of(bundle), Limits()), chunks)
-    embedded = Encode(str(folder), threads=1, report=lambda *counts: reported.append(counts))(read)
-    scored = Score(str(folder), report=lambda *counts: reported.append(counts))(in_chunks(embedded, chunks))
+    read = in_chunks(read_photos(manifest, crops_of(bundle), Limits(), report=reported.append), chunks)
+    embedded = Encode(str(folder), threads=1, report=reported.append)(read)
+    scored = Score(str(folder), report=reported.append)(in_chunks(embedded, chunks))
 
     assert embedded.schema.equals(schema.embeddings(32, 48), check_metadata=True)
     assert scored.schema.equals(schema.SCORES, check_metadata=True)
@@ -218,7 +220,11 @@ def test_rows_in_are_rows_out(folder: Path, tmp_path: Path, pattern: str, chunks
         assert has_values(table, ["error_message"]) == [not ok for ok in good]
     assert has_values(embedded, MEASURED + EMBEDDED) == good
     assert has_values(scored, SCORED) == good
-    assert reported == [(len(pattern), pattern.count("x"))] * 2
+    assert [(batch.stage, batch.rows) for batch in reported] == [
+        (stage, len(pattern)) for stage in ("read", "encode", "score")
+    ]
+    errors = dict(Counter(kind for kind in expected if kind is not None))
+    assert [batch.errors for batch in reported] == [errors, {}, {}], "an error counts where it arises"
     assert scored.column("scorer_kind").to_pylist() == ["lightgbm"] * len(pattern)
     assert embedded.column("encoder_fingerprint").to_pylist() == [bundle.encoder_fingerprint] * len(pattern)
     assert scored.column("scorer_fingerprint").to_pylist() == [bundle.scorer_fingerprint] * len(pattern)

@@ -6,6 +6,7 @@ does. What it says is checked all the same.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,19 @@ from picinspector.bundle import open_bundle
 from picinspector.captioner import Captioner
 from picinspector.photo import CropSpec, Limits
 from picinspector.scorer import to_array
-from picinspector.stages import Report
-from picinspector.stages.encode import to_pixels
+from picinspector.stages import Report, count_kinds, describe_batch
+from picinspector.stages.encode import to_pixels, within_memory
 from picinspector.stages.read import read_photos
 from picinspector.storage import StorageOptions
 from picinspector.wording import Facts, check, compose, is_fluent, tell
 
 #: Of the second try.
 _BEAMS = 4
+
+#: The captioner has batches of its own, of one size, so that a photo gets the same words in any company.
+_ADVICE = (
+    "let no other model share its GPU (--gpus-per-encoder 1), or caption in a run of its own (picinspector caption)"
+)
 
 
 def describe(captioner: Captioner, crops: np.ndarray, facts: Sequence[Facts] | None) -> tuple[list[str], list[str]]:
@@ -103,6 +109,7 @@ class Caption:
 
         Raises:
             BundleError: the bundle cannot be used, or is another than the driver's.
+            UsageError: in a call: the device's memory is too small.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -117,6 +124,7 @@ class Caption:
 
         A photo that has embeddings but no crop, because it could not be read again, is described from the facts.
         """
+        started = time.perf_counter()
         crops, plain = rows.column(self._column), rows.drop_columns([self._column])
         good = np.asarray(pc.is_null(rows.column("error_kind")))
         seen = np.asarray(pc.is_valid(crops)) & good
@@ -128,7 +136,13 @@ class Caption:
         if seen.any():
             told = None if facts is None else [facts[row] for row in np.flatnonzero(seen[good])]
             pixels = to_pixels(crops.filter(pa.array(seen)), self._captioner.crop.crop_px)
-            texts[seen], sources[seen] = describe(self._captioner, pixels, told)
+
+            def describe_part(part: slice) -> tuple[list[str], list[str]]:
+                return describe(self._captioner, pixels[part], None if told is None else told[part])
+
+            parts = within_memory(describe_part, len(pixels), _ADVICE)
+            texts[seen] = [text for part, _ in parts for text in part]
+            sources[seen] = [source for _, part in parts for source in part]
         made = [self._fingerprint if text is not None else None for text in texts]
         columns: dict[str, Any] = {
             "caption": pa.array(texts, pa.string()),
@@ -138,7 +152,8 @@ class Caption:
         for name, values in columns.items():
             plain = plain.set_column(plain.schema.get_field_index(name), plain.schema.field(name), values)
         if self._report is not None:
-            self._report(rows.num_rows, int((~good).sum()))
+            errors = count_kinds(plain.column("error_kind")) - count_kinds(rows.column("error_kind"))
+            self._report(describe_batch("caption", rows.num_rows, errors, started))
         return plain
 
     def _facts(self, rows: pa.Table) -> list[Facts] | None:
@@ -154,12 +169,14 @@ def read_again(
     limits: Limits,
     storage_options: StorageOptions | None = None,
     is_retry: Callable[[], bool] | None = None,
+    report: Report | None = None,
 ) -> pa.Table:
     """Rows of the embeddings table, with the captioner's crop of each photo read once more (as `read_photos` does).
 
     A photo that cannot be read any more, or is another by now, keeps its embeddings; `caption_error` says why there is
     no crop: an error kind, or `changed`, and a message.
     """
+    started = time.perf_counter()
     [(column, _)] = crops.items()
     good = pc.is_null(rows.column("error_kind"))
     wanted = rows.filter(good)
@@ -175,5 +192,8 @@ def read_again(
     )
     index = rows.schema.get_field_index("caption_error")
     rows = rows.set_column(index, rows.schema.field(index), error.take(position))
+    if report is not None:
+        kinds = pc.list_element(pc.split_pattern(error.drop_null(), ":"), 0)
+        report(describe_batch("read", rows.num_rows, count_kinds(kinds), started))
     crop = pc.if_else(pa.array(same), read.column(column), pa.scalar(None, pa.large_binary()))
     return rows.append_column(column, crop.take(position))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +16,13 @@ from picinspector import schema
 from picinspector.bundle import open_bundle
 from picinspector.clip import ClipEncoder
 from picinspector.dinov2 import Dinov2Encoder
+from picinspector.errors import UsageError
 from picinspector.photo import CropSpec
-from picinspector.stages import CROP_COLUMNS, Report
+from picinspector.stages import CROP_COLUMNS, Report, count_kinds, describe_batch
+
+_Answer = TypeVar("_Answer")
+
+_ADVICE = "lower --batch-size, or let fewer encoders share a GPU (--gpus-per-encoder 1)"
 
 
 class Encoder(Protocol):
@@ -50,6 +58,7 @@ class Encode:
 
         Raises:
             BundleError: the bundle cannot be used, or is another than the driver's.
+            UsageError: in a call: the device's memory is too small for half of the batch.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -64,6 +73,7 @@ class Encode:
 
     def __call__(self, photos: pa.Table) -> pa.Table:
         """A table from `read_photos` to rows of `schema.embeddings`, without captions, and the crops to keep."""
+        started = time.perf_counter()
         good = pc.is_null(photos.column("error_kind"))
         columns: dict[str, Any] = {
             name: photos.column(name) for name in photos.column_names if name not in CROP_COLUMNS
@@ -72,14 +82,43 @@ class Encode:
             CROP_COLUMNS, ("clip_embedding", "dinov2_embedding"), self._encoders, strict=False
         ):
             crops = to_pixels(photos.column(name), encoder.crop.crop_px)
-            values = encoder.encode(crops) if len(crops) else np.empty((0, encoder.dim), np.float16)
-            columns[target] = _scatter(values, good)
+            parts = [np.empty((0, encoder.dim), np.float16)]
+            if len(crops):
+                parts = within_memory(functools.partial(_encode, encoder, crops), len(crops), _ADVICE)
+            columns[target] = _scatter(np.concatenate(parts), good)
         columns["encoder_fingerprint"] = pa.repeat(self._fingerprint, photos.num_rows)
-        if self._report is not None:
-            self._report(photos.num_rows, photos.num_rows - pc.sum(good, min_count=0).as_py())
         empty = {part.name: pa.nulls(photos.num_rows, part.type) for part in self._schema}  # no captions yet
         rows = pa.table([(empty | columns)[name] for name in self._schema.names], schema=self._schema)
+        if self._report is not None:
+            errors = count_kinds(rows.column("error_kind")) - count_kinds(photos.column("error_kind"))
+            self._report(describe_batch("encode", rows.num_rows, errors, started))
         return rows if self._keep is None else rows.append_column(self._keep, photos.column(self._keep))
+
+
+def _encode(encoder: Encoder, crops: np.ndarray, rows: slice) -> np.ndarray:
+    return encoder.encode(crops[rows])
+
+
+def within_memory(work: Callable[[slice], _Answer], rows: int, advice: str) -> list[_Answer]:
+    """What `work` gives for all rows of a batch; or for each half, where the device has no memory for all.
+
+    Raises:
+        UsageError: there is no memory for a half either.
+    """
+    try:
+        return [work(slice(0, rows))]
+    except torch.OutOfMemoryError:
+        pass  # the halves come behind this block: its exception holds on to what the device is full of
+    half = -(-rows // 2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return [work(slice(0, half)), *([work(slice(half, rows))] if half < rows else [])]
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UsageError(
+            f"the device ran out of memory with {rows} photos at once, and with {half}: {advice} ({reason})"
+        ) from None
 
 
 def to_pixels(column: pa.ChunkedArray, side_px: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from picinspector.errors import ErrorKind, PhotoError
 from picinspector.measure import measure
 from picinspector.photo import CropSpec, Limits, decode
 from picinspector.preprocess import captioner_preprocess, clip_preprocess, dinov2_preprocess
-from picinspector.stages import CROP_COLUMNS
+from picinspector.stages import CROP_COLUMNS, Report, count_kinds, describe_batch
 from picinspector.stages.guard import TIMEOUT_S, Guard, deadline
 from picinspector.storage import StorageOptions, fetch
 
@@ -50,6 +51,7 @@ def read_photos(
     limits: Limits,
     storage_options: StorageOptions | None = None,
     is_retry: Callable[[], bool] | None = None,
+    report: Report | None = None,
 ) -> pa.Table:
     """Fetch and decode a batch: manifest columns in; facts, measurements, crops and errors beside them out.
 
@@ -63,7 +65,9 @@ def read_photos(
         is_retry: asked in a worker that may die of a photo, and is replaced then: whether that may have happened. If
             so, each photo is decoded in a child process, and the one that kills it becomes `crashed`. A photo that
             hangs ends the worker. None in a process that must live.
+        report: called after the batch.
     """
+    started = time.perf_counter()
     options = storage_options.reveal() if storage_options is not None else None
     uris: list[str] = manifest.column("uri").to_pylist()
     sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
@@ -81,7 +85,10 @@ def read_photos(
                         rows.append(read_photo(*photo))
                 del photo
                 fetched[position] = b""  # each file's bytes go as soon as its pixels are here
-    return to_table(manifest, rows, tuple(crops))
+    photos = to_table(manifest, rows, tuple(crops))
+    if report is not None:
+        report(describe_batch("read", photos.num_rows, count_kinds(photos.column("error_kind")), started))
+    return photos
 
 
 def to_table(manifest: pa.Table, rows: Sequence[Mapping[str, Any]], crops: Sequence[str]) -> pa.Table:

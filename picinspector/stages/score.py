@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
 from picinspector.feedback import suggest
 from picinspector.scorer import Scored, Scorer, to_array
-from picinspector.stages import Report
+from picinspector.stages import Report, describe_batch
 from picinspector.wording import Facts, check, compose
 from picinspector.zeroshot import ZeroShot
 
@@ -58,6 +59,7 @@ class Score:
 
     def __call__(self, embeddings: pa.Table) -> pa.Table:
         """Rows of the embeddings table (at least `score_columns`) to rows of `schema.SCORES`."""
+        started = time.perf_counter()
         good = pc.is_null(embeddings.column("error_kind"))
         valid = embeddings.filter(good)
         features = {name: to_array(valid.column(name)) for name in self._columns if name not in schema.FACTS.names}
@@ -71,10 +73,11 @@ class Score:
             columns |= {name: _place(column, good) for name, column in predicted.items()}
         columns["scorer_kind"] = pa.repeat(self._kind, embeddings.num_rows)
         columns["scorer_fingerprint"] = pa.repeat(self._fingerprint, embeddings.num_rows)
-        if self._report is not None:
-            self._report(embeddings.num_rows, embeddings.num_rows - valid.num_rows)
         arrays = [columns.get(part.name, pa.nulls(embeddings.num_rows, part.type)) for part in schema.SCORES]
-        return pa.table(arrays, schema=schema.SCORES)
+        rows = pa.table(arrays, schema=schema.SCORES)
+        if self._report is not None:
+            self._report(describe_batch("score", rows.num_rows, {}, started))  # its errors all arose before it
+        return rows
 
     def _predict(self, features: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
         if self._scorer is not None and self._head is not None:
