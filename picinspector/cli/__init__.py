@@ -12,7 +12,7 @@ import sys
 import typer
 
 import picinspector
-from picinspector import errors
+from picinspector import errors, logs
 from picinspector.cli import jobs, looking, models
 from picinspector.cli.words import complain
 from picinspector.errors import PicInspectorError
@@ -23,6 +23,7 @@ _INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     debug = bool(os.environ.get("PICINSPECTOR_DEBUG"))
+    logs.configure()
     try:
         result = app(args=arguments, prog_name="picinspector", standalone_mode=False)
         if result == _INTERRUPTED:  # how Typer reports Ctrl-C

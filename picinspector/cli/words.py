@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import textwrap
 from typing import Any
 
+from picinspector import logs
 from picinspector.storage import redact
 
 _TEXT_WIDTH = 100
 
 
 def complain(message: str, exit_code: int) -> int:
-    """One line on stderr, without secrets; returns the exit code it is given."""
-    print(f"picinspector: {redact(message)}", file=sys.stderr)
+    """One line on stderr, without secrets, a JSON event where the log is JSON; returns the exit code it is given."""
+    if logs.is_json():
+        logs.event("failed", level=logging.ERROR, message=message, exit_code=exit_code)
+    else:
+        print(f"picinspector: {redact(message)}", file=sys.stderr)
     return exit_code
 
 
