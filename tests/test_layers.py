@@ -42,11 +42,18 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "recipe",
                 "ratings",
                 "taste",
+                "drift",
+                "verify",
+                "plan",
+                "ledger",
+                "lease",
+                "choice",
+                "atomic",
             ),
         }
     ),
     frozenset({"stages"}),
-    frozenset({"pipeline", "progress", "runs", "serve"}),
+    frozenset({"pipeline", "chains", "progress", "runs", "serve"}),
     frozenset({"cli", "__main__"}),
 )
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

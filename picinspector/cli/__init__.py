@@ -1,6 +1,7 @@
 """The command line: parses, calls one function of the library, prints. stdout is the result, stderr everything else.
 
-Exit codes: 0 done, 1 crashed, 2 wrong usage, 3 done but transient failures remain, 130 interrupted.
+Exit codes: 0 done, 1 crashed, 2 wrong usage, 3 done but transient failures remain, 4 `diff --fail-over`: scores
+drifted, 130 interrupted. `verify` gives 1 where the tables are broken.
 """
 
 from __future__ import annotations
@@ -71,7 +72,16 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Score a bucket of photos: quality, attributes and scenes as Parquet tables.",
 )  # fmt: skip
-for command in (jobs.score, jobs.rescore, jobs.caption, looking.top, looking.inspect, looking.critique, version):
+for command in (
+    jobs.score,
+    jobs.rescore,
+    jobs.caption,
+    looking.top,
+    looking.diff,
+    looking.inspect,
+    looking.critique,
+    version,
+):
     app.command()(command)
 app.add_typer(models.bundle_app, name="bundle")
 app.add_typer(models.train_app, name="train")

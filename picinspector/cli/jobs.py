@@ -32,6 +32,14 @@ from picinspector.cli.options import (
 from picinspector.cli.words import plan_text, record_text
 
 
+class RetryFailed(StrEnum):
+    """Which photos that failed before `score` does again."""
+
+    transient = "transient"
+    all = "all"
+    none = "none"
+
+
 class Captions(StrEnum):
     """Which photos `score` describes."""
 
@@ -44,6 +52,9 @@ def score(
     out: Out,
     bundle: BundleRef = "builtin",
     captions: Annotated[Captions, typer.Option(help="Describe every photo, or none.")] = Captions.none,
+    retry_failed: Annotated[
+        RetryFailed, typer.Option(help="Failed photos to do again: those whose failure may pass, all, or none.")
+    ] = RetryFailed.transient,
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     as_json: Json = False,
@@ -65,6 +76,7 @@ def score(
         bundle=bundle_path(bundle),
         storage_options=parse_options(storage_options),
         limit=limit,
+        retry_failed=retry_failed.value,
         limits=limits(max_megapixels, max_megabytes),
         captions=captions is Captions.all,
         encoders=encoders,
@@ -119,7 +131,7 @@ def caption(
 ) -> int:
     """Describe photos of DEST in words: all that are scored, or a choice of them. Reads their pixels again."""
     from picinspector import pipeline
-    from picinspector.tables import Choice
+    from picinspector.choice import Choice
 
     options = pipeline.Options(
         bundle=bundle_path(bundle),

@@ -20,8 +20,10 @@ from picinspector.cli.options import (
     bundle_path,
     parse_options,
 )
-from picinspector.cli.words import complain, critique_text, judgement_text, one_line
+from picinspector.cli.words import complain, critique_text, drift_text, judgement_text, one_line
 from picinspector.errors import UsageError
+
+_DRIFTED = 4
 
 
 def top(
@@ -31,7 +33,8 @@ def top(
     storage_options: StorageOptions = None,
 ) -> int:
     """Print the best photos of DEST, the newest committed score of each."""
-    from picinspector.tables import Destination, best
+    from picinspector.choice import best
+    from picinspector.tables import Destination
 
     rows = best(Destination(dest, parse_options(storage_options)), count)
     if as_json:
@@ -41,6 +44,31 @@ def top(
     for rank, row in enumerate(rows, 1):
         print(f"{rank:>4}  {row['quality_score']:>7.2f}  {row['scene']:<10}  {one_line(row['uri'])}")
     return 0
+
+
+def diff(
+    dest: Table,
+    runs: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Ids of two runs, or their beginnings; default the two newest that scored."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Risers and fallers to name.")] = 10,
+    fail_over: Annotated[
+        float | None,
+        typer.Option(metavar="PSI", min=0, help="Exit with 4 where a distribution shifted by more; 0.25 is customary."),
+    ] = None,
+    as_json: Json = False,
+    storage_options: StorageOptions = None,
+) -> int:
+    """Compare the scores of DEST as of two runs: which photos moved, how far the distributions shifted."""
+    from picinspector import drift
+    from picinspector.tables import Destination
+
+    destination = Destination(dest, parse_options(storage_options))
+    report = drift.compare(destination, *drift.run_pair(destination, runs or ()), count)
+    report["warnings"] = drift.warnings(report, drift.PSI_THRESHOLD if fail_over is None else fail_over)
+    print(json.dumps(report, indent=2) if as_json else drift_text(report))
+    return _DRIFTED if fail_over is not None and report["warnings"] else 0
 
 
 def inspect(

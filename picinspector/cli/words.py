@@ -36,8 +36,9 @@ def record_text(record: dict[str, Any]) -> str:
     """What a committed run did."""
     counts = record["counts"]
     lines = [
-        f"{counts['scored']:,} photos scored, {counts['failed']:,} failed, {counts['unchanged']:,} unchanged "
+        f"{counts['scored']:,} photos scored, {counts['failed']:,} failed, {counts['unmodified']:,} unmodified "
         f"in {record['seconds']['total']:,.1f} s ({record['photos_per_s']:,.1f}/s)",
+        *_changes(counts),
         *(f"  {kind}: {number:,}" for kind, number in counts["errors_by_kind"].items()),
     ]
     if unread := counts["unread_by_kind"]:
@@ -50,6 +51,15 @@ def record_text(record: dict[str, Any]) -> str:
         lines.append(f"{counts['failed_transient']:,} failures may pass: run the same command again")
     lines.append(f"run {record['run_id']} committed to {record['destination']}")
     return "\n".join(lines)
+
+
+def _changes(counts: dict[str, Any]) -> list[str]:
+    """Of a run over a library, what became of it since the last."""
+    if "new" not in counts:
+        return []
+    names = ("new", "changed", "stale", "retried", "unmodified", "returned", "gone", "left_for_later")
+    shown = (f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name] or name in names[:2])
+    return ["library: " + ", ".join(shown)]
 
 
 def ratings_text(report: dict[str, Any]) -> str:
@@ -93,6 +103,53 @@ def judgement_text(row: dict[str, Any]) -> str:
     lines.append(f"facts    {one_line(', '.join(facts))}")
     lines.append("measured " + ", ".join(f"{name} {value:.3g}" for name, value in row["measurements"].items()))
     return "\n".join(lines)
+
+
+def drift_text(report: dict[str, Any]) -> str:
+    """How the scores as of two runs differ, from `drift.compare`, with its `warnings`."""
+    counts, moved = report["counts"], report["moved"]
+    lines = [
+        f"A {report['run_a']}  {counts['a']:,} photos, {counts['failed_a']:,} without a score",
+        f"B {report['run_b']}  {counts['b']:,} photos, {counts['failed_b']:,} without a score",
+        f"{counts['both']:,} photos in both: {counts['unchanged']:,} unchanged, {counts['changed']:,} with other bytes"
+        f", {counts['other_scorer']:,} scored by another scorer",
+        f"{counts['only_a']:,} photos only in A, {counts['only_b']:,} only in B",
+        *report["notes"],
+    ]
+    if counts["compared"]:
+        low, middle, high = (moved["quantiles"][q] for q in ("0.05", "0.5", "0.95"))
+        order = "" if moved["srcc"] is None else f"; SRCC of the two orders {moved['srcc']:.3f}"
+        lines.append(
+            f"quality_score of {counts['compared']:,} photos moved by {moved['mean']:+.2f} on average, median "
+            f"{middle:+.2f}, 90 % of them between {low:+.2f} and {high:+.2f}; {moved['share_moved']:.1%} by more than "
+            f"0.5{order}"
+        )
+    lines += ["", f"{'':<24}{'photos A':>10}{'photos B':>10}{'mean A':>8}{'mean B':>8}{'PSI':>8}{'KS':>7}"]
+    lines += [_shift_line(name, found) for name, found in report["shift"].items()]
+    lines.append("quality_score by scene")
+    for row in report["scenes"]:
+        if row["shift"] is not None:
+            lines.append(_shift_line(f"  {row['scene']}", row["shift"]["quality_score"]))
+    if few := [row for row in report["scenes"] if row["shift"] is None]:
+        names = ", ".join(f"{row['scene']} ({row['photos_b']:,})" for row in few)
+        lines.append(f"  too few photos to tell: {names}")
+    if report["scene_psi"] is not None:
+        lines.append(f"distribution over scenes: PSI {report['scene_psi']:.3f}")
+    for name, sign in (("risers", "rose"), ("fallers", "fell")):
+        if report[name]:
+            lines += ["", f"{sign} most"]
+            for row in report[name]:
+                change = f"{row['change']:+6.2f}  {row['quality_score_a']:5.2f} to {row['quality_score_b']:5.2f}"
+                lines.append(f"{change}  {one_line(row['uri'])}")
+    return "\n".join([*lines, "", *(report["warnings"] or ["no distribution shifted by more than the limit"])])
+
+
+def _shift_line(name: str, found: dict[str, Any]) -> str:
+    means, figures = (found["mean_a"], found["mean_b"]), (found["psi"], found["ks"])
+    texts = [*("-" if value is None else f"{value:.2f}" for value in means)]
+    texts += ["-" if value is None else f"{value:.3f}" for value in figures]
+    photos = f"{found['photos_a']:>10,}{found['photos_b']:>10,}"
+    return f"{name:<24}{photos}{texts[0]:>8}{texts[1]:>8}{texts[2]:>8}{texts[3]:>7}"
 
 
 def critique_text(record: dict[str, Any]) -> str:
