@@ -237,7 +237,7 @@ async def _read_s3(filesystem: Any, uri: str, max_bytes: int, version: _Version)
         response = await ask(**filesystem._get_s3_method_kwargs(ask, wanted))
     except ClientError as error:
         if _status(error) != 416:  # the range of an empty object
-            raise translate_boto_error(error) from error
+            raise translate_boto_error(error, message=str(error)) from error
         return _whole(b"", version.size_bytes, max_bytes, version)
     async with response["Body"] as body:
         etag = str(response.get("ETag", "")).strip('"')

@@ -17,8 +17,8 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ class S3Server:
     secret_key: str
     kind: str
     region: str = "us-east-1"
+    #: Take the front of the server off the network at once, and put it back on the same port; nothing stored is lost.
+    stop: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
+    restart: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -158,9 +161,16 @@ def _ceph() -> Iterator[S3Server]:
                 *(f"--access-key={access_key}", f"--secret-key={secret_key}", "--max-buckets=0"),
             ],
         )
-        gateway = stack.enter_context(_daemon(folder, "rgw", ["radosgw", "-f", "-c", conf, "-n", "client.rgw"]))
-        server = S3Server(f"http://127.0.0.1:{s3_port}", access_key, secret_key, f"Ceph radosgw {_ceph_version()}")
-        _wait_until_it_answers(server, gateway, folder)
+        gateway = stack.enter_context(contextlib.ExitStack())
+
+        def restart() -> None:
+            gateway.close()
+            process = gateway.enter_context(_daemon(folder, "rgw", ["radosgw", "-f", "-c", conf, "-n", "client.rgw"]))
+            _wait_until_it_answers(server, process, folder)
+
+        url, kind = f"http://127.0.0.1:{s3_port}", f"Ceph radosgw {_ceph_version()}"
+        server = S3Server(url, access_key, secret_key, kind, stop=gateway.close, restart=restart)
+        restart()
         yield server
 
 
@@ -332,7 +342,14 @@ def _moto() -> Iterator[S3Server]:
         key = iam.create_access_key(UserName="test")["AccessKey"]
         # From here on moto checks keys, as a server does.
         requests.post(f"{endpoint_url}/moto-api/reset-auth", data=b"0", timeout=STEP_TIMEOUT_S).raise_for_status()
-        yield S3Server(endpoint_url, key["AccessKeyId"], key["SecretAccessKey"], "moto (mock)")
+
+        def restart() -> None:
+            nonlocal moto
+            moto = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+            moto.start()
+
+        keys = key["AccessKeyId"], key["SecretAccessKey"]
+        yield S3Server(endpoint_url, *keys, "moto (mock)", stop=lambda: moto.stop(), restart=restart)
     finally:
         moto.stop()
 
