@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from picinspector.cli import main
 from picinspector.degrade import DEGRADATIONS
-from picinspector.tables import Destination, best, failures
+from picinspector.choice import best, failures
+from picinspector.tables import Destination
 
 #: Severities of `picinspector.degrade`.
 SEVERITIES = {"mild": 0.4, "strong": 1.0}

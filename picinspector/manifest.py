@@ -59,7 +59,7 @@ def list_library(
     """
     text = os.fspath(library)
     filesystem, path = open_filesystem(text, options)
-    if text.lower().endswith(_LIST_SUFFIXES) and (not is_local(text) or os.path.isfile(path)):  # noqa: PTH113
+    if is_list(text):
         yield from _from_list(filesystem, path, text, options)
         return
     if text.startswith(("http://", "https://")):
@@ -83,6 +83,12 @@ def list_library(
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
             raise
         raise StorageError(f"cannot list {redact(text)}: {to_photo_error(error).message}") from error
+
+
+def is_list(library: str) -> bool:
+    """True if a library is a list of photos in a file, whose members are where the list says."""
+    listed = library.lower().endswith(_LIST_SUFFIXES)
+    return listed and (not is_local(library) or os.path.isfile(local_path(library)))  # noqa: PTH113
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------

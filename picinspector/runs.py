@@ -10,7 +10,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,8 +19,9 @@ import ray
 import picinspector
 from picinspector.bundle import Bundle
 from picinspector.errors import TRANSIENT_KINDS, UsageError
-from picinspector.storage import redact
-from picinspector.tables import new_run_id
+from picinspector.photo import Limits
+from picinspector.plan import Retry
+from picinspector.stages import peak_memory_bytes
 
 #: Logical CPUs a local Ray gets beyond the cores. Actors hold CPUs for as long as they live; without spare ones the
 #: reading and writing tasks around them would wait for ever on a small machine.
@@ -89,6 +90,35 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a run may be told; every default is worked out from the library and the cluster.
+
+    Attributes:
+        bundle: name or folder of the bundle, the same on every node.
+        storage_options: fsspec options of the library and the destination.
+        limit: photos to do at most.
+        retry_failed: which photos that failed before `score` does again.
+        limits: what a photo may cost.
+        captions: whether `score` describes the photos it embeds.
+        encoders, gpus_per_encoder, batch_size: see `Pools`.
+        address: the Ray cluster; None takes `RAY_ADDRESS`, else starts Ray on this machine.
+        show_progress: one progress line on stderr.
+    """
+
+    bundle: str = "builtin"
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    limit: int | None = None
+    retry_failed: Retry = "transient"
+    limits: Limits = field(default_factory=Limits)
+    captions: bool = False
+    encoders: int | None = None
+    gpus_per_encoder: float | None = None
+    batch_size: int | None = None
+    address: str | None = None
+    show_progress: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Pools:
     """How a run uses the cluster.
@@ -110,6 +140,10 @@ class Pools:
     block_rows: int
     readers: int | None
     captioners: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """For the run record."""
+        return asdict(self)
 
 
 def size_pools(
@@ -183,12 +217,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def new_record(kind: str, bundle: Bundle, destination: str, library: str | None) -> dict[str, Any]:
+def new_record(run_id: str, kind: str, bundle: Bundle, destination: str, library: str | None) -> dict[str, Any]:
     """The record of a run that begins: who, what, with which models."""
     return {
-        "run_id": new_run_id(),
+        "run_id": run_id,
         "kind": kind,
-        "library": redact(library) if library is not None else None,
+        "library": library,
         "destination": destination,
         "bundle": {
             "name": bundle.name,
@@ -200,6 +234,7 @@ def new_record(kind: str, bundle: Bundle, destination: str, library: str | None)
         "started_at": _now(),
         "counts": {},
         "seconds": {},
+        "stages": {},
     }
 
 
@@ -224,6 +259,7 @@ def finish_record(
     counts["captions_by_source"], counts["unread_by_kind"] = dict(captions), dict(unread)
     record["seconds"] = {name: round(value, 3) for name, value in record["seconds"].items()}
     record["photos_per_s"] = round(counts["to_do"] / max(record["seconds"]["total"], 1e-9), 3)
+    record["peak_memory_bytes"] = peak_memory_bytes()  # of the driver; those of the workers are in `stages`
     record["environment"] = describe_environment()
     record["finished_at"] = _now()
     record["outcome"] = "transient_failures" if passing else "done"

@@ -1,4 +1,4 @@
-"""Names and Arrow schemas of the three tables: manifest, embeddings, scores.
+"""Names and Arrow schemas of the tables: manifest, embeddings, scores; and of the marks of photos that are gone.
 
 One row is one image in each of them. A row that has no values has `error_kind` and `error_message` instead. `run_id` is
 no column of the files: it is their hive partition (`scores/run_id=.../*.parquet`), which every reader adds by itself.
@@ -150,5 +150,14 @@ SCORES = pa.schema(
         _field("suggestions", pa.list_(pa.string()), "what would raise the score most, each with its evidence; 0 to 3"),
         _field("scorer_fingerprint", pa.string(), "hash of all that determines the scores", False),
         *_ERROR,
+    ]
+)
+
+#: What is no longer in the library, or is again: the newest mark of an image counts, and none where a newer row is.
+GONE = pa.schema(
+    [
+        _field("image_id", pa.string(), "of the image as it was last committed", False),
+        _field("gone", pa.bool_(), "true where it had left the library, false where it came back", False),
+        _field("scorer_fingerprint", pa.string(), "the scorer of the run that marked it", False),
     ]
 )

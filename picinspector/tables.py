@@ -2,41 +2,77 @@
 
 ::
 
+    <dest>/runs/<run_id>/plan.json           written when the manifest is whole: from now on the run can be resumed
     <dest>/runs/<run_id>/run.json            written last: the commit
-    <dest>/runs/<run_id>/manifest/*.parquet  what the run had to do
+    <dest>/runs/<run_id>/manifest/*.parquet  what the run had to do; `source_run_id` where it works on stored rows
     <dest>/embeddings/run_id=<run_id>/*.parquet
     <dest>/scores/run_id=<run_id>/*.parquet
+    <dest>/gone/run_id=<run_id>/*.parquet    images that left the library, or came back, as this run saw it
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, TypeVar
 
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
-from picinspector import schema
-from picinspector.errors import StorageError, TableError, UsageError
+from picinspector.atomic import WholeFileSystem
+from picinspector.errors import StorageError, UsageError
 from picinspector.storage import is_local, open_filesystem, redact, to_photo_error
 
-TableName = Literal["embeddings", "scores"]
+TableName = Literal["embeddings", "scores", "gone"]
 
-_BY_RUN = pa.dataset.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+_Found = TypeVar("_Found")
+
+_STAMP = "%Y%m%dT%H%M%S"
+#: Of DuckDB, beyond which it spills: 10 million photos are planned with it, and a driver has other things to hold.
+_QUERY_MEMORY = "1500MB"
+_THREADS = 16
 
 
-def new_run_id() -> str:
-    """A run id that sorts by time: `20261122T160512.031Z-3f9a1c`."""
+def new_run_id(newest: str | None = None) -> str:
+    """A run id that sorts by time: `20261122T160512.031Z-3f9a1c`.
+
+    Args:
+        newest: the id it has to sort after: the newest row of a photo is the truth, whatever the clocks of two
+            machines say.
+    """
     now = datetime.now(UTC)
-    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03}Z-{secrets.token_hex(3)}"
+    if newest is not None and (last := _time_of(newest)) is not None:
+        now = max(now, last + timedelta(milliseconds=1))
+    return f"{now:{_STAMP}}.{now.microsecond // 1000:03}Z-{secrets.token_hex(3)}"
+
+
+def _time_of(run_id: str) -> datetime | None:
+    try:
+        return datetime.strptime(run_id.partition("Z-")[0], f"{_STAMP}.%f").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def database(**sources: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection that sees these Arrow sources by name, and spills to a folder of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="picinspector-") as folder,
+        duckdb.connect(f"{folder}/query.duckdb", config={"memory_limit": _QUERY_MEMORY}) as connection,
+    ):
+        connection.execute("SET preserve_insertion_order = false")
+        for name, source in sources.items():
+            if source is not None:
+                connection.register(name, source)
+        yield connection
 
 
 class Destination:
@@ -44,15 +80,18 @@ class Destination:
 
     Attributes:
         url: as given, without secrets, absolute; for messages and records.
-        filesystem: the fsspec filesystem it is on.
+        filesystem: the fsspec filesystem it is on, to read.
+        writer: the same, on which files appear whole or not at all.
         root: its path on that filesystem.
+        local: whether it is a folder of this machine.
     """
 
     def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
         self.filesystem, root = open_filesystem(url, options)
         self.root = root.rstrip("/")
-        self._local = is_local(os.fspath(url))
-        self.url = self.root if self._local else redact(os.fspath(url))
+        self.local = is_local(os.fspath(url))
+        self.writer = WholeFileSystem() if self.local else self.filesystem
+        self.url = self.root if self.local else redact(os.fspath(url))
 
     def table_path(self, table: TableName, run_id: str) -> str:
         """Folder of one run's rows of a table."""
@@ -60,7 +99,11 @@ class Destination:
 
     def manifest_path(self, run_id: str) -> str:
         """Folder of one run's manifest."""
-        return f"{self.root}/runs/{run_id}/manifest"
+        return f"{self.run_path(run_id)}/manifest"
+
+    def run_path(self, run_id: str) -> str:
+        """Folder of what a run says of itself."""
+        return f"{self.root}/runs/{run_id}"
 
     def check_writable(self) -> None:
         """Write a small file, always the same one: the right to delete is not needed.
@@ -69,43 +112,71 @@ class Destination:
             StorageError: that failed.
         """
         try:
-            self._make_folder(f"{self.root}/runs")
-            self.filesystem.pipe_file(f"{self.root}/runs/.writable", b"picinspector")
+            self.make_folder(f"{self.root}/runs")
+            self.writer.pipe_file(f"{self.root}/runs/.writable", b"picinspector")
         except Exception as error:  # any storage library's own type; all mean the same to the user
             reason = to_photo_error(error).message
             raise StorageError(f"cannot write to {self.url}: {reason}; check the path and the credentials") from error
 
-    def _make_folder(self, path: str) -> None:
-        if self._local:  # object stores have no folders, and would make a bucket of a misspelt name
+    def make_folder(self, path: str) -> None:
+        """Make a folder where there are folders: an object store would make a bucket of a misspelt name."""
+        if self.local:
             self.filesystem.makedirs(path, exist_ok=True)
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
+    def new_run_id(self) -> str:
+        """An id that sorts after those of all runs here."""
+        return new_run_id(max(self._run_ids(), default=None))
+
+    def plan(self, record: Mapping[str, Any]) -> None:
+        """Write what a run is going to do: its manifest is whole, and it can be resumed."""
+        self._write_json(f"{self.run_path(record['run_id'])}/plan.json", record)
+
     def commit(self, record: Mapping[str, Any]) -> None:
         """Write the run record: from now on readers honour the run."""
-        path = f"{self.root}/runs/{record['run_id']}/run.json"
-        content = json.dumps(record, indent=2, default=str).encode()
-        self._make_folder(os.path.dirname(path))  # noqa: PTH120
-        if self._local:
-            # A rename is atomic; object stores publish whole objects by themselves.
-            self.filesystem.pipe_file(f"{path}.tmp", content)
-            self.filesystem.mv(f"{path}.tmp", path)
-        else:
-            self.filesystem.pipe_file(path, content)
+        self._write_json(f"{self.run_path(record['run_id'])}/run.json", record)
+
+    def _write_json(self, path: str, record: Mapping[str, Any]) -> None:
+        self.make_folder(os.path.dirname(path))  # noqa: PTH120
+        self.writer.pipe_file(path, json.dumps(record, indent=2, default=str).encode())
 
     def runs(self) -> list[dict[str, Any]]:
         """Run records of all committed runs, oldest first."""
-        paths = [f"{folder}/run.json" for folder in self._list(f"{self.root}/runs")]
-        with ThreadPoolExecutor(16) as pool:
-            records = [record for record in pool.map(self._read_record, paths) if record is not None]
-        return sorted(records, key=lambda record: record["run_id"])
+        records = _in_threads(lambda run_id: self._read_json(f"{self.run_path(run_id)}/run.json"), self._run_ids())
+        return [record for record in records if record is not None]
 
-    def _read_record(self, path: str) -> dict[str, Any] | None:
+    def uncommitted(self) -> list[str]:
+        """Ids of runs that began here and were not committed, oldest first."""
+        committed = {record["run_id"] for record in self.runs()}
+        return [run_id for run_id in self._run_ids() if run_id not in committed]
+
+    def scorers(self) -> set[str]:
+        """Fingerprints of the scorers that wrote the committed runs here."""
+        return {record["bundle"]["scorer_fingerprint"] for record in self.runs() if record.get("bundle")}
+
+    def cut_short(self) -> dict[str, Any] | None:
+        """The plan of the run to resume: the last one here, if it was planned and not committed.
+
+        An older one is not resumed: what has been committed since may be newer than what it would write.
+        """
+        for run_id in reversed(self._run_ids()):
+            if self._read_json(f"{self.run_path(run_id)}/run.json") is not None:
+                return None
+            if (plan := self._read_json(f"{self.run_path(run_id)}/plan.json")) is not None:
+                return plan
+        return None
+
+    def _run_ids(self) -> list[str]:
+        names = (path.rsplit("/", 1)[-1] for path in self.listed(f"{self.root}/runs"))
+        return sorted(name for name in names if not name.startswith("."))
+
+    def _read_json(self, path: str) -> dict[str, Any] | None:
         try:
             record: dict[str, Any] = json.loads(self.filesystem.cat_file(path))
             return record
         except (FileNotFoundError, NotADirectoryError):
-            return None  # never committed
+            return None  # never written
         except ValueError as error:
             advice = "remove that run's folder, or restore the file"
             raise StorageError(f"{redact(path)} is damaged: {error}; {advice}") from error
@@ -113,23 +184,46 @@ class Destination:
             reason = to_photo_error(error).message
             raise StorageError(f"cannot read {redact(path)}: {reason}; run the same command again") from error
 
-    # --- tables -------------------------------------------------------------------------------------------------------
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def write_parquet(self, path: str, table: pa.Table) -> None:
+        """Write one Parquet file, and the folder it is in."""
+        self.make_folder(os.path.dirname(path))  # noqa: PTH120
+        with self.writer.open(path, "wb") as file:
+            pa.parquet.write_table(table, file)
 
     def write_manifest(self, run_id: str, tables: Iterable[pa.Table]) -> int:
         """Write the manifest shards of a run; returns the number of rows."""
-        folder, rows = self.manifest_path(run_id), 0
+        rows = 0
         for index, table in enumerate(tables):
-            self._make_folder(folder)  # not before there is something to do: a mistake leaves no folder behind
-            with self.filesystem.open(f"{folder}/shard-{index:06d}.parquet", "wb") as file:
-                pa.parquet.write_table(table, file)
+            self.write_parquet(f"{self.manifest_path(run_id)}/shard-{index:06d}.parquet", table)
             rows += table.num_rows
         return rows
 
     def files(self, folder: str) -> list[str]:
-        """Parquet files below a folder, sorted; none if it is not there."""
-        return sorted(path for path in self._list(folder) if path.endswith(".parquet"))
+        """Parquet files in a folder, sorted; none if it is not there."""
+        return sorted(path for path in self.listed(folder) if path.endswith(".parquet"))
 
-    def _list(self, folder: str) -> list[str]:
+    def files_of(self, table: TableName, run_ids: Sequence[str]) -> list[str]:
+        """Parquet files of these runs' rows of a table, oldest run first."""
+        if len(run_ids) == 1:
+            return self.files(self.table_path(table, run_ids[0]))
+        # One flat listing for all: a request for each of a year's runs would take longer than planning.
+        self.filesystem.invalidate_cache()
+        folders = {self.table_path(table, run_id): [] for run_id in sorted(run_ids)}  # type: dict[str, list[str]]
+        for path in self.filesystem.find(f"{self.root}/{table}"):
+            folder, _, name = path.rpartition("/")
+            if name.endswith(".parquet") and folder in folders:
+                folders[folder].append(path)
+        return [path for paths in folders.values() for path in sorted(paths)]
+
+    def delete(self, path: str) -> None:
+        """Remove a file, or a folder with all in it; nothing where it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.rm(path, recursive=True)
+
+    def listed(self, folder: str) -> list[str]:
+        """Paths of the files and folders in a folder; none if it is not there."""
         # Other processes write here: a cached listing would show yesterday's runs. No glob: a path may hold `[` or `*`.
         self.filesystem.invalidate_cache()
         try:
@@ -138,31 +232,36 @@ class Destination:
             return []
         return [path.rstrip("/") for path in paths]
 
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
     def scan(self, table: TableName, run_ids: Sequence[str], columns: Sequence[str]) -> pa.dataset.Scanner | None:
         """Columns of one table's rows of these runs, streamed; None where they wrote no file of it.
 
         `run_id` may be among the columns. Register it with DuckDB, which cannot take the float16 of the others.
         """
-        files = [file for run_id in run_ids for file in self.files(self.table_path(table, run_id))]
+        files = self.files_of(table, run_ids)
         if not files:
             return None
+        run = pa.field("run_id", pa.dictionary(pa.int32(), pa.string()))
+        names = pa.array(sorted(run_ids))
         dataset = pa.dataset.dataset(
             files,
-            schema=self._fields(files, columns),
+            schema=self._fields(files, columns, run),
             filesystem=self.filesystem,
             format="parquet",
-            partitioning=_BY_RUN,
+            partitioning=pa.dataset.HivePartitioning(pa.schema([run]), dictionaries={"run_id": names}),
             partition_base_dir=self.root,
         )
-        return dataset.scanner(columns=list(columns))
+        # Read ahead a little: the columns of sixteen files at once are gigabytes.
+        return dataset.scanner(columns=list(columns), batch_readahead=4, fragment_readahead=2)
 
-    def _fields(self, files: Sequence[str], columns: Sequence[str]) -> pa.Schema:
+    def _fields(self, files: Sequence[str], columns: Sequence[str], run: pa.Field) -> pa.Schema:
         """The fields of the newest file, and columns only older ones have; rows of files without one are null there.
 
         Raises:
             UsageError: no file has one of them.
         """
-        fields = {field.name: field for field in (*self._schema(files[-1]), pa.field("run_id", pa.string()))}
+        fields = {field.name: field for field in (*self._schema(files[-1]), run)}
         for file in reversed(files[:-1]):
             if fields.keys() >= set(columns):
                 break
@@ -176,41 +275,81 @@ class Destination:
         with self.filesystem.open(file, "rb") as opened:
             return pa.parquet.read_schema(opened)
 
-    def latest(self, table: TableName, columns: Sequence[str]) -> pa.Table:
-        """The newest committed row of each photo.
+    def scan_manifest(self, run_id: str, columns: Sequence[str] = ("image_id",)) -> pa.dataset.Scanner | None:
+        """Columns of a run's manifest, streamed; None where it has none."""
+        files = self.files(self.manifest_path(run_id))
+        if not files:
+            return None
+        return pa.dataset.dataset(files, filesystem=self.filesystem, format="parquet").scanner(columns=list(columns))
+
+    def latest(self, table: TableName, columns: Sequence[str], as_of: str | None = None) -> pa.Table:
+        """The newest committed row of each photo that is not gone.
 
         Args:
             table: which table.
             columns: what to read of it; `uri` and `run_id` need not be among them.
+            as_of: as it was when this run was committed.
 
         Raises:
             UsageError: no committed run has written this table here.
         """
-        wanted = [*dict.fromkeys([*columns, "uri", "run_id"])]
-        source = self.scan(table, [record["run_id"] for record in self.runs()], wanted)
+        run_ids = [record["run_id"] for record in self.runs() if as_of is None or record["run_id"] <= as_of]
+        source = self.scan(table, run_ids, [*dict.fromkeys([*columns, "uri", "image_id", "run_id"])])
         if source is None:
             raise UsageError(f"{self.url}: no committed {table} here; run `picinspector score` into it first")
-        names = ", ".join(f'"{name}"' for name in columns)
-        with duckdb.connect() as connection:
-            connection.register("source", source)
-            rows = connection.sql(
-                f"SELECT {names} FROM source QUALIFY row_number() OVER (PARTITION BY uri ORDER BY run_id DESC) = 1"
-            )
-            return rows.to_arrow_table()
+        marks = self.marks(run_ids)
+        names = ", ".join(f'newest."{name}"' for name in columns)
+        with database(source=source, marks=marks) as connection:
+            newest = "SELECT * FROM source QUALIFY row_number() OVER (PARTITION BY uri ORDER BY run_id DESC) = 1"
+            hidden = "" if marks is None else "LEFT JOIN marks USING (image_id) WHERE NOT " + GONE.format("newest")
+            rows = connection.sql(f"SELECT {names} FROM ({newest}) newest {hidden}").to_arrow_table()
+        return _plain(rows)
+
+    def marks(self, run_ids: Sequence[str]) -> pa.Table | None:
+        """The newest mark of each image that left the library or came back: image_id, gone, scorer_fingerprint, run_id.
+
+        None where no run made one. With DuckDB, `GONE` tells whether a row is hidden by its mark.
+        """
+        source = self.scan("gone", run_ids, ["image_id", "gone", "scorer_fingerprint", "run_id"])
+        if source is None:
+            return None
+        with database(source=source) as connection:
+            newest = "SELECT * FROM source QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY run_id DESC) = 1"
+            return _plain(connection.sql(newest).to_arrow_table())
 
     def has(self, table: TableName) -> bool:
         """True if a committed run has written this table here."""
-        return any(self.files(self.table_path(table, record["run_id"])) for record in self.runs())
+        return bool(self.files_of(table, [record["run_id"] for record in self.runs()]))
 
-    def runs_of_one_schema(self, run_ids: Sequence[str]) -> list[tuple[pa.Schema, list[str]]]:
-        """These runs in groups with one schema of embeddings each, which is what one reader takes.
+    def rows_in(self, files: Sequence[str]) -> list[int]:
+        """Rows of each of these Parquet files, by their footers."""
+
+        def count(file: str) -> int:
+            with self.filesystem.open(file, "rb") as opened:
+                return int(pa.parquet.read_metadata(opened).num_rows)
+
+        return _in_threads(count, files)
+
+    def damaged(self, files: Sequence[str]) -> list[str]:
+        """Those of these files that are no Parquet files, or not all of one."""
+
+        def is_damaged(file: str) -> bool:
+            try:
+                self.rows_in([file])
+            except (OSError, pa.ArrowInvalid):
+                return True
+            return False
+
+        return [file for file, bad in zip(files, _in_threads(is_damaged, files), strict=True) if bad]
+
+    def of_one_schema(self, table: TableName, run_ids: Sequence[str]) -> list[tuple[pa.Schema, list[str]]]:
+        """Files of these runs in groups with one schema each, which is what one reader takes.
 
         Encoders differ in width, and older versions wrote fewer columns.
         """
-        groups: dict[pa.Schema, list[str]] = {}
-        for run_id in run_ids:
-            found = self._schema(self.files(self.table_path("embeddings", run_id))[0]).remove_metadata()
-            groups.setdefault(found, []).append(run_id)
+        files, groups = self.files_of(table, run_ids), {}  # type: list[str], dict[pa.Schema, list[str]]
+        for file, found in zip(files, _in_threads(self._schema, files), strict=True):
+            groups.setdefault(found.remove_metadata(), []).append(file)
         return list(groups.items())
 
     def tally(self, table: TableName, column: str, run_id: str) -> dict[str, int]:
@@ -218,124 +357,28 @@ class Destination:
         source = self.scan(table, [run_id], [column])
         if source is None:
             return {}
-        with duckdb.connect() as connection:
-            connection.register("source", source)
+        with database(source=source) as connection:
             rows = connection.sql(
                 f"SELECT {column}, count(*) FROM source WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
             ).fetchall()
         return {str(value): int(count) for value, count in rows}
 
-    def check_manifest(self, run_id: str, expected: int) -> None:
-        """Assert that a run's manifest names each image once.
 
-        Raises:
-            TableError: it does not.
-        """
-        self._check_rows(f"the manifest of run {run_id}", self._scan(self.manifest_path(run_id)), expected)
-
-    def check_rows(self, table: TableName, run_id: str, expected: int) -> None:
-        """Assert that a run's table holds exactly the images of its manifest, each once.
-
-        Raises:
-            TableError: rows were lost or doubled.
-        """
-        self._check_rows(f"{table} of run {run_id}", self.scan(table, [run_id], ["image_id"]), expected)
-        if not expected:
-            return
-        with duckdb.connect() as connection:
-            connection.register("source", self.scan(table, [run_id], ["image_id"]))
-            connection.register("manifest", self._scan(self.manifest_path(run_id)))
-            lost = connection.sql("SELECT count(*) FROM manifest ANTI JOIN source USING (image_id)").fetchall()[0][0]
-        if lost:
-            raise TableError(f"{table} of run {run_id} lacks {lost} photos of its manifest; run the same command again")
-
-    def _scan(self, folder: str) -> pa.dataset.Scanner | None:
-        files = self.files(folder)
-        if not files:
-            return None
-        return pa.dataset.dataset(files, filesystem=self.filesystem, format="parquet").scanner(columns=["image_id"])
-
-    def _check_rows(self, what: str, source: pa.dataset.Scanner | None, expected: int) -> None:
-        rows = distinct = 0
-        if source is not None:
-            with duckdb.connect() as connection:
-                connection.register("source", source)
-                count = "SELECT count(*), count(DISTINCT image_id) FROM source"
-                rows, distinct = connection.sql(count).fetchall()[0]
-        if not rows == distinct == expected:
-            raise TableError(
-                f"{what} has {rows} rows, {distinct} distinct, for {expected} photos; the run was not committed: "
-                "run the same command again, and report this if it repeats"
-            )
+#: SQL: whether a row is hidden by the newest mark of its image, joined from the left as `marks`. A row made after its
+#: photo had left is that of a photo that came back.
+GONE = "coalesce(marks.gone AND marks.run_id > {}.run_id, false)"
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which scored photos; all of them where nothing is given.
-
-    Attributes:
-        best, worst: so many with the highest, or lowest, `quality_score`.
-        where: an SQL condition over the columns of the scores table, in DuckDB's dialect; best and worst are of those.
-    """
-
-    best: int | None = None
-    worst: int | None = None
-    where: str | None = None
+def _plain(rows: pa.Table) -> pa.Table:
+    """Run ids as strings, whatever they travelled as."""
+    if "run_id" not in rows.column_names:
+        return rows
+    index = rows.schema.get_field_index("run_id")
+    return rows.set_column(index, "run_id", rows.column(index).cast(pa.string()))
 
 
-def choose(dest: Destination, choice: Choice, columns: Sequence[str] = tuple(schema.SCORES.names)) -> pa.Table:
-    """Columns of the newest committed scores row of each photo chosen, best first (with `worst`: worst first).
-
-    Photos without a score are left out.
-
-    Raises:
-        UsageError: best and worst were both given, the condition is no SQL over this table, or nothing is scored here.
-    """
-    if choice.best is not None and choice.worst is not None:
-        raise UsageError("give best or worst, not both")
-    if choice.where is not None and not choice.where.strip():
-        raise UsageError("--where is empty; leave it out, or write it like \"scene = 'night' AND quality_score < 4\"")
-    latest = dest.latest("scores", schema.SCORES.names)
-    count = choice.best if choice.best is not None else choice.worst
-    with duckdb.connect(config={"enable_external_access": False}) as connection:  # of the user: this table, no files
-        connection.register("latest", latest)
-        rows = connection.table("latest").filter("quality_score IS NOT NULL")
-        try:
-            if choice.where is not None:
-                rows = rows.filter(choice.where)  # one expression, or it is refused
-            rows = rows.order("quality_score" + (" ASC, uri" if choice.worst is not None else " DESC, uri"))
-            rows = rows.limit(count) if count is not None else rows
-            return rows.project(", ".join(f'"{name}"' for name in columns)).to_arrow_table()
-        except duckdb.Error as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(
-                f"--where {choice.where!r} is no condition over the scores ({reason}); write it like "
-                "\"scene = 'night' AND quality_score < 4\""
-            ) from error
-
-
-def best(dest: Destination, count: int) -> list[dict[str, Any]]:
-    """The photos with the highest `quality_score`, best first: uri, quality_score, scene, scorer_kind, run_id.
-
-    Raises:
-        UsageError: nothing has been scored into this destination.
-    """
-    latest = dest.latest("scores", ["uri", "quality_score", "scene", "scorer_kind", "run_id"])
-    return _rows(latest, f"WHERE quality_score IS NOT NULL ORDER BY quality_score DESC, uri LIMIT {int(count)}")
-
-
-def failures(dest: Destination) -> list[dict[str, Any]]:
-    """The photos without a score and why, by kind: uri, error_kind, error_message, run_id.
-
-    Raises:
-        UsageError: nothing has been scored into this destination.
-    """
-    latest = dest.latest("scores", ["uri", "error_kind", "error_message", "run_id"])
-    return _rows(latest, "WHERE error_kind IS NOT NULL ORDER BY error_kind, uri")
-
-
-def _rows(latest: pa.Table, clauses: str) -> list[dict[str, Any]]:
-    with duckdb.connect() as connection:
-        connection.register("latest", latest)
-        found: list[dict[str, Any]] = connection.sql(f"SELECT * FROM latest {clauses}").to_arrow_table().to_pylist()
-    return found
+def _in_threads(work: Callable[[str], _Found], items: Sequence[str]) -> list[_Found]:
+    if not items:
+        return []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))

@@ -12,7 +12,8 @@ import pytest
 from picinspector import pipeline, schema
 from picinspector.cli import main
 from picinspector.errors import UsageError
-from picinspector.tables import Choice, Destination, best, choose
+from picinspector.choice import Choice, best, choose
+from picinspector.tables import Destination
 from tests.test_pipeline import make_library, options
 
 pytestmark = pytest.mark.usefixtures("local_ray")

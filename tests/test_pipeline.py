@@ -20,6 +20,7 @@ from PIL import Image
 
 from picinspector import pipeline, runs, tables
 from picinspector.bundle import seal
+from picinspector.choice import best
 from picinspector.cli import main
 from picinspector.errors import BundleError, StorageError, TableError, UsageError
 from picinspector.manifest import list_library
@@ -117,36 +118,38 @@ def test_night_after_night(tmp_path: Path, tiny: Path) -> None:
     make_library(library, 6)
     (library / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     first = pipeline.score(str(library), str(dest), options(tiny))
-    assert first["counts"] | {"errors_by_kind": 0} == {
-        "listed": 7, "to_do": 7, "unchanged": 0, "scored": 6, "failed": 1, "failed_transient": 0, "errors_by_kind": 0,
-        "captions_by_source": {}, "unread_by_kind": {},
+    size = sum(path.stat().st_size for path in library.rglob("*.jpg"))
+    assert first["counts"] == {
+        "listed": 7, "listed_bytes": size, "to_do": 7, "to_do_bytes": size, "new": 7, "changed": 0, "stale": 0,
+        "retried": 0, "unmodified": 0, "gone": 0, "returned": 0, "left_for_later": 0, "scored": 6, "failed": 1,
+        "failed_transient": 0, "errors_by_kind": {"corrupt": 1}, "captions_by_source": {}, "unread_by_kind": {},
     }  # fmt: skip
     again = pipeline.score(str(library), str(dest), options(tiny))
-    assert (again["counts"]["to_do"], again["counts"]["unchanged"]) == (0, 7)
+    assert (again["counts"]["to_do"], again["counts"]["unmodified"]) == (0, 7)
 
     Image.new("RGB", (90, 90), "red").save(library / "000.jpg")  # changed: its old row is superseded
     Image.new("RGB", (90, 90), "blue").save(library / "new.jpg")
     third = pipeline.score(str(library), str(dest), options(tiny))
-    assert (third["counts"]["to_do"], third["counts"]["unchanged"]) == (2, 6)
+    assert (third["counts"]["to_do"], third["counts"]["unmodified"]) == (2, 6)
     latest = tables.Destination(dest).latest("scores", ["uri", "run_id"]).to_pylist()
     assert len(latest) == 8
     by_name = {Path(row["uri"]).name: row["run_id"] for row in latest}
     assert by_name["000.jpg"] == by_name["new.jpg"] == third["run_id"]
     assert by_name["001.jpg"] == first["run_id"]
 
-    before = {row["uri"]: row["quality_score"] for row in tables.best(tables.Destination(dest), 100)}
-    shutil.rmtree(library)  # rescoring reads no photo
+    before = {row["uri"]: row["quality_score"] for row in best(tables.Destination(dest), 100)}
+    library.rename(tmp_path / "elsewhere")  # rescoring reads no photo
     other = tiny_bundle(tmp_path / "other", scorer_seed=1).folder
     record = pipeline.rescore(str(dest), options(other))
     assert record["counts"]["to_do"] == 8  # the latest row of each photo, not every row ever written
     assert record["counts"]["errors_by_kind"] == first["counts"]["errors_by_kind"]
-    after = tables.best(tables.Destination(dest), 100)
+    after = best(tables.Destination(dest), 100)
     assert {row["uri"] for row in after} == set(before)
     assert {row["run_id"] for row in after} == {record["run_id"]}
     assert any(abs(row["quality_score"] - before[row["uri"]]) > 0.01 for row in after)
     assert pipeline.rescore(str(dest), options(other))["counts"]["to_do"] == 0  # done already
 
-    (library / "nested").mkdir(parents=True)
+    (tmp_path / "elsewhere").rename(library)
     Image.new("RGB", (90, 90), "red").save(library / "nested" / "late.jpg")
     with pytest.raises(UsageError, match="no photos there"):
         pipeline.plan_score(str(tmp_path / "other"), str(dest), options(other))
@@ -168,10 +171,10 @@ def test_what_was_not_committed_is_not_there(tmp_path: Path, tiny: Path, monkeyp
             pipeline.score(str(library), str(dest), options(tiny))
     assert len(rows_of(dest, "scores")) == 4  # its files lie there ...
     with pytest.raises(UsageError, match="no committed scores"):  # ... and readers do not honour them
-        tables.best(tables.Destination(str(dest)), 5)
+        best(tables.Destination(str(dest)), 5)
     record = pipeline.score(str(library), str(dest), options(tiny))
     assert record["counts"]["to_do"] == 4
-    assert len(tables.best(tables.Destination(str(dest)), 50)) == 4
+    assert len(best(tables.Destination(str(dest)), 50)) == 4
 
 
 def test_dry_run_and_limit(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +188,7 @@ def test_dry_run_and_limit(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFix
     assert not dest.exists()
     assert main([*arguments, "--limit", "2"]) == 0
     counts = json.loads(capsys.readouterr().out)["counts"]
-    assert (counts["scored"], counts["unchanged"], counts["listed"]) == (2, 0, 5)
+    assert (counts["scored"], counts["unmodified"], counts["listed"]) == (2, 0, 5)
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["scored"] == 3
 
@@ -198,8 +201,11 @@ def test_transient_failures_are_named_and_tried_again(tmp_path: Path, tiny: Path
     assert record["counts"]["errors_by_kind"] == {"connection": 1, "not_found": 1}
     assert (runs.exit_code(record), record["outcome"]) == (3, "transient_failures")
     again = pipeline.score(str(tmp_path / "list.csv"), str(dest), options(tiny))
-    assert again["counts"]["to_do"] == 2  # neither is past help
-    assert again["counts"]["errors_by_kind"] == {"connection": 1, "not_found": 1}
+    assert again["counts"]["to_do"] == again["counts"]["retried"] == 1  # that may pass
+    assert again["counts"]["errors_by_kind"] == {"connection": 1}
+    every = pipeline.score(str(tmp_path / "list.csv"), str(dest), options(tiny, retry_failed="all"))
+    assert every["counts"]["errors_by_kind"] == {"connection": 1, "not_found": 1}
+    assert pipeline.plan_score(str(tmp_path / "list.csv"), str(dest), options(tiny, retry_failed="none"))["to_do"] == 0
 
 
 def test_against_s3(scored: Scored, tiny: Path, s3_server: S3Server, s3_bucket: str) -> None:
@@ -214,16 +220,15 @@ def test_against_s3(scored: Scored, tiny: Path, s3_server: S3Server, s3_bucket: 
 
     mine = {
         row["uri"].removeprefix(f"s3://{s3_bucket}/photos/"): row["quality_score"]
-        for row in tables.best(tables.Destination(url, s3_server.storage_options), 1000)
+        for row in best(tables.Destination(url, s3_server.storage_options), 1000)
     }
     theirs = {
         str(Path(row["uri"]).relative_to(scored.library)): row["quality_score"]
-        for row in tables.best(tables.Destination(scored.dest), 1000)
+        for row in best(tables.Destination(scored.dest), 1000)
     }
     assert mine == pytest.approx(theirs, abs=1e-3)
     again = pipeline.plan_score(f"s3://{s3_bucket}/photos/", url, chosen)
-    past_help = {"empty", "unknown_format", "truncated", "corrupt"}
-    assert again["to_do"] == sum(n for kind, n in record["counts"]["errors_by_kind"].items() if kind not in past_help)
+    assert again["to_do"] == 0
     keys = [item["Key"] for item in client.list_objects_v2(Bucket=s3_bucket, Prefix="out/")["Contents"]]
     secret = str(s3_server.storage_options["secret"])
     for key in keys:
@@ -246,33 +251,31 @@ def test_a_photo_put_back_is_done_again(tmp_path: Path, tiny: Path) -> None:
     third = pipeline.score(str(library), str(dest), options(tiny))
     assert (first["counts"]["to_do"], third["counts"]["to_do"]) == (1, 1)
     scores = [row["quality_score"] for row in rows_of(dest, "scores", "quality_score, run_id") if row["run_id"]]
-    latest = tables.best(tables.Destination(dest), 5)
+    latest = best(tables.Destination(dest), 5)
     assert len(scores) == 3
     assert [row["run_id"] for row in latest] == [third["run_id"]]
 
 
-def test_killed_and_interrupted_runs_leave_nothing_behind_that_counts(tmp_path: Path, tiny: Path) -> None:
+def test_an_interrupted_run_is_finished_by_the_same_command(tmp_path: Path, tiny: Path) -> None:
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 30)
     command = [sys.executable, "-m", "picinspector", "score", str(library), "--out", str(dest), "--bundle", str(tiny)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    for signal_, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = subprocess.Popen([*command, "-q"], env=environment, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list((dest / "runs").glob("*/manifest/*.parquet"))) > (signal_ == signal.SIGINT):
-                break
-            time.sleep(0.2)
-        time.sleep(8)  # into Ray's start, or the work itself
-        process.send_signal(signal_)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == expected, errors
+    process = subprocess.Popen([*command, "-q"], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list(dest.glob("runs/*/plan.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(5)  # into Ray's start, or the work itself
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
     assert "interrupted; nothing is lost" in errors
     with pytest.raises(UsageError, match="no committed scores"):
-        tables.best(tables.Destination(dest), 5)
+        best(tables.Destination(dest), 5)
+    [planned] = tables.Destination(dest).uncommitted()
     record = pipeline.score(str(library), str(dest), options(tiny))
-    assert record["counts"]["scored"] == 30
-    assert len(tables.best(tables.Destination(dest), 100)) == 30
+    assert (record["run_id"], record["times_resumed"], record["counts"]["scored"]) == (planned, 1, 30)
+    assert len(best(tables.Destination(dest), 100)) == 30
 
 
 def test_secrets_stay_out_of_rays_metadata() -> None:

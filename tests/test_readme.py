@@ -17,7 +17,8 @@ from PIL import Image
 
 from jobs import demo
 from picinspector import schema
-from picinspector.tables import Destination, failures
+from picinspector.choice import failures
+from picinspector.tables import Destination
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")

@@ -20,9 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from picinspector import schema
+from picinspector.choice import best
 from picinspector.errors import StorageError, TableError, UsageError
+from picinspector.ledger import check_manifest, check_rows
 from picinspector.manifest import image_id
-from picinspector.tables import Destination, TableName, best, new_run_id
+from picinspector.tables import Destination, TableName, new_run_id
 from tests.s3_server import S3Server
 
 CLIP_DIM, DINOV2_DIM = 4, 3
@@ -195,16 +197,16 @@ def test_lost_and_doubled_rows_are_found(dest: Destination, table: TableName) ->
 
     manifest = rows.select(schema.MANIFEST.names)
     dest.write_manifest("whole", [manifest])
-    dest.check_manifest("whole", 6)
-    dest.check_rows(table, "whole", 6)
-    dest.check_rows(table, "nothing", 0)
+    check_manifest(dest, "whole", 6)
+    check_rows(dest, table, "whole", 6)
+    check_rows(dest, table, "nothing", 0)
     write(dest, table, "strangers", rows.slice(0, 5), rows.slice(5).set_column(0, "image_id", pa.array(["another"])))
     dest.write_manifest("strangers", [manifest])
     with pytest.raises(TableError, match="lacks 1 photos of its manifest"):
-        dest.check_rows(table, "strangers", 6)
+        check_rows(dest, table, "strangers", 6)
     dest.write_manifest("twice", [manifest, manifest.slice(0, 1)])
     with pytest.raises(TableError, match="manifest of run twice has 7 rows, 6 distinct"):
-        dest.check_manifest("twice", 7)
+        check_manifest(dest, "twice", 7)
     for run_id, counts in {
         "lost": "5 rows, 5",
         "doubled": "7 rows, 6",
@@ -212,7 +214,7 @@ def test_lost_and_doubled_rows_are_found(dest: Destination, table: TableName) ->
         "none": "0 rows, 0",
     }.items():
         with pytest.raises(TableError, match=f"{table} of run {run_id} has {counts} distinct, for 6 photos"):
-            dest.check_rows(table, run_id, 6)
+            check_rows(dest, table, run_id, 6)
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_a_destination_on_s3(s3_server: S3Server, s3_bucket: str, prefix: str) -
     other.filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **options)
     write(other, "scores", "r1", score_rows({"/a.jpg": 5.0, "/b.jpg": None}))
     other.write_manifest("r1", [score_rows({"/a.jpg": 5.0, "/b.jpg": None}).select(schema.MANIFEST.names)])
-    reader.check_rows("scores", "r1", 2)
+    check_rows(reader, "scores", "r1", 2)
     assert reader.runs() == []
     commit(other, "r1")
     assert [record["run_id"] for record in reader.runs()] == ["r1"]

@@ -20,7 +20,7 @@ from picinspector.cli.options import (
     bundle_path,
     parse_options,
 )
-from picinspector.cli.words import complain, critique_text, drift_text, judgement_text, one_line
+from picinspector.cli.words import complain, critique_text, drift_text, judgement_text, one_line, verified_text
 from picinspector.errors import UsageError
 
 _DRIFTED = 4
@@ -69,6 +69,23 @@ def diff(
     report["warnings"] = drift.warnings(report, drift.PSI_THRESHOLD if fail_over is None else fail_over)
     print(json.dumps(report, indent=2) if as_json else drift_text(report))
     return _DRIFTED if fail_over is not None and report["warnings"] else 0
+
+
+def verify(
+    dest: Table,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read footers, ids, errors and fingerprints only, not all values.")
+    ] = False,
+    as_json: Json = False,
+    storage_options: StorageOptions = None,
+) -> int:
+    """Check that the tables of DEST are whole: files, rows, schema, fingerprints, values. 1 if they are not."""
+    from picinspector.tables import Destination
+    from picinspector.verify import verify as verify_tables
+
+    report = verify_tables(Destination(dest, parse_options(storage_options)), quick)
+    print(json.dumps(report.to_json(), indent=2) if as_json else verified_text(report.to_json()))
+    return 0 if report.whole else 1
 
 
 def inspect(

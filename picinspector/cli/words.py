@@ -152,6 +152,19 @@ def _shift_line(name: str, found: dict[str, Any]) -> str:
     return f"{name:<24}{photos}{texts[0]:>8}{texts[1]:>8}{texts[2]:>8}{texts[3]:>7}"
 
 
+def verified_text(report: dict[str, Any]) -> str:
+    """What `verify` found, from `verify.Report.to_json`."""
+    lines = [f"broken ({found['kind']}): {one_line(found['message'])}" for found in report["problems"]]
+    lines += [f"notice: {one_line(found['message'])}" for found in report["notices"]]
+    outcome = "whole" if report["whole"] else f"broken in {len(report['problems']):,} ways"
+    depth = "footers, ids and fingerprints" if report["quick"] else "every value"
+    lines.append(
+        f"{report['destination']}: {outcome}; {depth} of {report['rows']:,} rows in {report['files']:,} files "
+        f"({report['size_bytes'] / 1e6:,.1f} MB) of {report['runs']:,} committed runs, {report['seconds']:,.1f} s"
+    )
+    return "\n".join(lines)
+
+
 def critique_text(record: dict[str, Any]) -> str:
     """What a remote model said of some photos, and what it cost."""
     lines = []
