@@ -23,7 +23,7 @@ _PATTERNS = (
     (re.compile(r"(\w+://)[^@/\s]+@"), r"\1"),
     (re.compile(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"), r"\1?…"),
     (re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?)[^'\"\r\n]+", re.IGNORECASE), r"\1…"),
-    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), r"\1 …"),
+    (re.compile(r"\b(bearer)\s+[\w.~+/=-]{12,}", re.IGNORECASE), r"\1 …"),
     (re.compile(r"\b(x-(?:amz|goog)-[\w-]+=)[^&\s'\"]+", re.IGNORECASE), r"\1…"),
     # 'secret': '…' as Python and JSON print it; lower case only, because `Key` names an object in S3's own messages.
     (re.compile(rf"((['\"])(?:{_NAME})\2\s*:\s*b?(['\"]))(?:(?!\3).)*"), r"\1…"),
