@@ -48,13 +48,12 @@ class Work:
     Attributes:
         dest: where its tables go.
         record: its record, to which the chains add `seconds`, `stages` and rates.
-        bundle, options: with which it works.
+        options: with which it works.
         source: the column of its manifest that names the run of the stored row to work on; None where it reads photos.
     """
 
     dest: Destination
     record: dict[str, Any]
-    bundle: Bundle
     options: runs.Options
     source: str | None = None
 
@@ -69,11 +68,11 @@ class Work:
         return int(self.record["counts"]["to_do"])
 
 
-def embed(work: Work) -> None:
+def embed(work: Work, bundle: Bundle) -> None:
     """Photos of the manifest to the embeddings table."""
     from picinspector.stages.encode import Encode  # loads torch, which nothing else on the driver needs
 
-    bundle, options = work.bundle, work.options
+    options = work.options
     column = next(iter(caption_crop(bundle))) if options.captions else None
 
     def chain(shards: list[str], rows: int, report: Reporter) -> None:
@@ -96,40 +95,40 @@ def embed(work: Work) -> None:
             num_gpus=pools.gpus,
         )
         if column is not None:
-            embedded = _describe(embedded, column, pools, work, report)
+            embedded = _describe(embedded, column, pools, work, bundle, report)
         _write(embedded, work, "embeddings", _embedding_rows(pools))
 
     _until_whole(work, "embeddings", "embed", chain, last="encode" if column is None else "caption")
 
 
-def caption(work: Work) -> None:
+def caption(work: Work, bundle: Bundle) -> None:
     """Stored rows of the manifest, their photos read again, to new rows with captions."""
     from picinspector.stages.caption import read_again  # loads torch
 
-    crops = caption_crop(work.bundle)
+    crops = caption_crop(bundle)
 
     def chain(shards: list[str], rows: int, report: Reporter) -> None:
         pools = _pools(work, rows, captions=True)
         for stored in _stored(work, "embeddings", shards, None):
             fresh = stored.map_batches(_with_caption_columns, batch_size=None, batch_format="pyarrow")
             photos = _read(fresh, pools, read_again, crops, work, report)
-            described = _describe(photos, next(iter(crops)), pools, work, report)
+            described = _describe(photos, next(iter(crops)), pools, work, bundle, report)
             _write(described, work, "embeddings", _embedding_rows(pools))
 
     _until_whole(work, "embeddings", "caption", chain)
 
 
-def score(work: Work) -> None:
+def score(work: Work, bundle: Bundle) -> None:
     """Embeddings, this run's own or those its manifest names, to the scores table."""
 
     def chain(shards: list[str], rows: int, report: Reporter) -> None:
-        for stored in _stored(work, "embeddings", shards, score_columns(work.bundle)):
+        for stored in _stored(work, "embeddings", shards, score_columns(bundle)):
             scored = stored.map_batches(
                 Score,
                 fn_constructor_kwargs={
                     "bundle": work.options.bundle,
                     "report": report,
-                    "fingerprint": work.bundle.scorer_fingerprint,
+                    "fingerprint": bundle.scorer_fingerprint,
                 },
                 batch_size=_SCORE_BATCH,
                 batch_format="pyarrow",
@@ -250,7 +249,9 @@ def _read(
     )
 
 
-def _describe(rows: ray.data.Dataset, column: str, pools: runs.Pools, work: Work, report: Reporter) -> ray.data.Dataset:
+def _describe(
+    rows: ray.data.Dataset, column: str, pools: runs.Pools, work: Work, bundle: Bundle, report: Reporter
+) -> ray.data.Dataset:
     """Rows with a column of crops through the captioner."""
     from picinspector.stages.caption import Caption  # loads torch
 
@@ -261,7 +262,7 @@ def _describe(rows: ray.data.Dataset, column: str, pools: runs.Pools, work: Work
             "column": column,
             "threads": None if pools.gpus else pools.cpus,
             "report": report,
-            "fingerprint": work.bundle.caption_fingerprint,
+            "fingerprint": bundle.caption_fingerprint,
         },
         batch_size=pools.batch_size,
         batch_format="pyarrow",
@@ -274,7 +275,8 @@ def _describe(rows: ray.data.Dataset, column: str, pools: runs.Pools, work: Work
 def _write(rows: ray.data.Dataset, work: Work, table: TableName, rows_per_file: int) -> None:
     folder = work.dest.table_path(table, work.run_id)
     least = min(rows_per_file, work.total)
-    rows.write_parquet(folder, filesystem=work.dest.writer, min_rows_per_file=least)
+    # The checksums are what lets `verify` tell a page that went bad from one that is only unusual.
+    rows.write_parquet(folder, filesystem=work.dest.writer, min_rows_per_file=least, write_page_checksum=True)
 
 
 def _stored(

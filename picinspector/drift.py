@@ -36,6 +36,8 @@ SCENE_PHOTOS = 100
 #: On the scale of 1-10: a photo that moves by more has moved.
 MOVED = 0.5
 
+#: Kinds of runs that score photos; others copy the scores there are.
+_SCORING = ("score", "rescore", "caption")
 _VALUES = ("quality_score", *(f"attribute_{name}" for name in schema.ATTRIBUTES))
 _COLUMNS = ("uri", "image_id", "scorer_fingerprint", "scorer_kind", "scene", *_VALUES)
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -156,8 +158,8 @@ def run_pair(dest: Destination, given: Sequence[str] = ()) -> tuple[str, str]:
         first, second = (_find(dest, run_ids, text) for text in given)
         return first, second
     scored: list[str] = []
-    for record in reversed(records):  # compaction writes scores too, but the same ones
-        if record.get("kind") != "compact" and dest.files(dest.table_path("scores", record["run_id"])):
+    for record in reversed(records):
+        if record.get("kind") in _SCORING and dest.files(dest.table_path("scores", record["run_id"])):
             scored.insert(0, record["run_id"])
         if len(scored) == 2:
             return scored[0], scored[1]

@@ -78,6 +78,7 @@ for command in (
     jobs.caption,
     looking.top,
     looking.diff,
+    looking.verify,
     looking.inspect,
     looking.critique,
     version,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -12,15 +11,23 @@ from picinspector.cli.options import (
     MAX_MEGABYTES,
     MAX_MEGAPIXELS,
     Address,
+    BatchSize,
     Best,
     BundleRef,
+    Captions,
+    Describe,
+    Encoders,
+    GpusPerEncoder,
     Json,
+    KeepDays,
     Library,
     Limit,
     MaxMegabytes,
     MaxMegapixels,
     Out,
     Quiet,
+    Retry,
+    RetryFailed,
     StorageOptions,
     Table,
     Where,
@@ -29,47 +36,28 @@ from picinspector.cli.options import (
     limits,
     parse_options,
 )
-from picinspector.cli.words import plan_text, record_text
-
-
-class RetryFailed(StrEnum):
-    """Which photos that failed before `score` does again."""
-
-    transient = "transient"
-    all = "all"
-    none = "none"
-
-
-class Captions(StrEnum):
-    """Which photos `score` describes."""
-
-    all = "all"
-    none = "none"
+from picinspector.cli.words import night_text, plan_text, prune_text, record_text
 
 
 def score(
     library: Library,
     out: Out,
     bundle: BundleRef = "builtin",
-    captions: Annotated[Captions, typer.Option(help="Describe every photo, or none.")] = Captions.none,
-    retry_failed: Annotated[
-        RetryFailed, typer.Option(help="Failed photos to do again: those whose failure may pass, all, or none.")
-    ] = RetryFailed.transient,
+    captions: Describe = Captions.none,
+    retry_failed: Retry = RetryFailed.transient,
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    encoders: Annotated[int | None, typer.Option(min=1, help="Encoder actors; default from the cluster.")] = None,
-    gpus_per_encoder: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 encodes on the CPU.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Photos of one encoder call.")] = None,
+    encoders: Encoders = None,
+    gpus_per_encoder: GpusPerEncoder = None,
+    batch_size: BatchSize = None,
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     max_megabytes: MaxMegabytes = MAX_MEGABYTES,
     storage_options: StorageOptions = None,
     address: Address = None,
 ) -> int:
-    """Embed and score every photo of LIBRARY that DEST does not have yet."""
+    """Embed and score what is new or changed in LIBRARY since DEST was written; finish a run that was cut short."""
     from picinspector import pipeline
 
     options = pipeline.Options(
@@ -90,6 +78,70 @@ def score(
         print(json.dumps(plan, indent=2) if as_json else plan_text(plan))
         return 0
     return _report(pipeline.score(library, out, options), as_json)
+
+
+def nightly(
+    library: Library,
+    out: Out,
+    bundle: BundleRef = "builtin",
+    captions: Describe = Captions.none,
+    retry_failed: Retry = RetryFailed.transient,
+    keep_days: KeepDays = 30.0,
+    drift_threshold: Annotated[
+        float, typer.Option(min=0, metavar="PSI", help="Warn of shifts beyond this population stability index.")
+    ] = 0.25,
+    hook: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="Run at the end, with the night's record as JSON on stdin.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    encoders: Encoders = None,
+    gpus_per_encoder: GpusPerEncoder = None,
+    batch_size: BatchSize = None,
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
+    max_megabytes: MaxMegabytes = MAX_MEGABYTES,
+    storage_options: StorageOptions = None,
+    address: Address = None,
+) -> int:
+    """Keep DEST fresh: rescore if the scorer is new, score what is new or changed, compare, report, prune."""
+    from picinspector import nightly as night
+    from picinspector import pipeline
+
+    options = pipeline.Options(
+        bundle=bundle_path(bundle),
+        storage_options=parse_options(storage_options),
+        retry_failed=retry_failed.value,
+        limits=limits(max_megapixels, max_megabytes),
+        captions=captions is Captions.all,
+        encoders=encoders,
+        gpus_per_encoder=gpus_per_encoder,
+        batch_size=batch_size,
+        address=address,
+        show_progress=not quiet,
+    )
+    record = night.run(library, out, options, keep_days, drift_threshold, hook)
+    print(json.dumps(record, indent=2) if as_json else night_text(record))
+    return 3 if record["score"]["counts"]["failed_transient"] else 0
+
+
+def prune(
+    dest: Table,
+    keep_days: KeepDays = 30.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    storage_options: StorageOptions = None,
+    address: Address = None,
+) -> int:
+    """Remove what newer runs have superseded from DEST, and put small files together."""
+    from picinspector import pipeline
+
+    options = pipeline.Options(
+        storage_options=parse_options(storage_options), address=address, show_progress=not quiet
+    )
+    report = pipeline.prune(dest, options, keep_days, dry_run)
+    print(json.dumps(report, indent=2) if as_json else prune_text(report, dry_run))
+    return 0
 
 
 def rescore(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,12 @@ StorageOptions = Annotated[
         metavar="JSON", help='fsspec options, e.g. {"endpoint_url": "..."}; keys are better in the environment.'
     ),
 ]
+Encoders = Annotated[int | None, typer.Option(min=1, help="Encoder actors; default from the cluster.")]
+GpusPerEncoder = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 encodes on the CPU.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Photos of one encoder call.")]
+KeepDays = Annotated[float, typer.Option(min=0, help="Every state of the last so many days stays.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Do at most this many photos.")]
 MaxMegapixels = Annotated[float, typer.Option(min=0, help="Refuse photos with more pixels.")]
 MaxMegabytes = Annotated[float, typer.Option(min=0, help="Refuse larger files.")]
@@ -39,6 +46,26 @@ Where = Annotated[
 Address = Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else Ray on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
+
+
+
+class RetryFailed(StrEnum):
+    """Which photos that failed before are done again."""
+
+    transient = "transient"
+    all = "all"
+    none = "none"
+
+
+class Captions(StrEnum):
+    """Which photos are described."""
+
+    all = "all"
+    none = "none"
+
+
+Retry = Annotated[RetryFailed, typer.Option(help="Failed photos to do again: those whose failure may pass, all, or none.")]
+Describe = Annotated[Captions, typer.Option(help="Describe every photo, or none.")]
 
 #: Defaults of `MaxMegapixels` and `MaxMegabytes`.
 MAX_MEGAPIXELS, MAX_MEGABYTES = 300.0, 512.0

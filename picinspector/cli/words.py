@@ -53,6 +53,32 @@ def record_text(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def night_text(record: dict[str, Any]) -> str:
+    """What a night did."""
+    lines = []
+    if record["rescore"] is not None:
+        lines.append(f"rescored with another scorer: {record['rescore']['counts']['to_do']:,} photos")
+    lines.append(record_text(record["score"]))
+    if record["warnings"]:
+        lines += ["warnings, against the run before:", *(f"  {line}" for line in record["warnings"])]
+    lines.append(prune_text(record["prune"], dry_run=False))
+    if record["hook_exit_code"]:
+        lines.append(f"the hook failed with exit code {record['hook_exit_code']}")
+    return "\n".join(lines)
+
+
+def prune_text(report: dict[str, Any], dry_run: bool) -> str:
+    """What was, or would be, removed and put together."""
+    would = "would be " if dry_run else ""
+    text = (
+        f"{report['runs_removed']:,} superseded runs {would}removed, {report['rows_removed']:,} superseded rows, "
+        f"{report['bytes_removed'] / 1e6:,.1f} MB"
+    )
+    if report["runs_folded"]:
+        text += f"; {report['files_folded']:,} files of {report['runs_folded']:,} runs {would}folded into one run"
+    return text
+
+
 def _changes(counts: dict[str, Any]) -> list[str]:
     """Of a run over a library, what became of it since the last."""
     if "new" not in counts:
