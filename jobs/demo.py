@@ -16,9 +16,9 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image, ImageDraw, ImageOps
 
+from picinspector.choice import best, failures
 from picinspector.cli import main
 from picinspector.degrade import DEGRADATIONS
-from picinspector.choice import best, failures
 from picinspector.tables import Destination
 
 #: Severities of `picinspector.degrade`.

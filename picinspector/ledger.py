@@ -96,10 +96,9 @@ def _mend(dest: Destination, table: TableName, run_id: str) -> bool:
     if not files:
         return False
     dataset = pa.dataset.dataset(files, filesystem=dest.filesystem, format="parquet")
-    with database(source=dataset.scanner(columns={"image_id": pa.dataset.field("image_id"),
-                                                  "file": pa.dataset.field("__filename")})) as connection:  # fmt: skip
+    with database(source=dataset.scanner(columns=["image_id", "__filename"])) as connection:
         doubled = connection.sql(
-            "SELECT DISTINCT file FROM source WHERE image_id IN "
+            "SELECT DISTINCT __filename FROM source WHERE image_id IN "
             "(SELECT image_id FROM source GROUP BY 1 HAVING count(*) > 1)"
         ).fetchall()
     for (file,) in doubled:

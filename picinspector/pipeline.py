@@ -11,15 +11,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
 
 from picinspector import chains, lease, ledger, logs, plan, runs
+from picinspector import prune as retention
 from picinspector.bundle import Bundle, open_bundle
 from picinspector.choice import Choice, choose
 from picinspector.errors import UsageError
@@ -62,8 +65,8 @@ def score(library: str, destination: str, options: Options = Options()) -> dict[
     Raises:
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
-    with _session(destination, options) as session:
-        return session.score(library)
+    with session(destination, options) as work:
+        return work.score(library)
 
 
 def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
@@ -75,8 +78,8 @@ def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
     Raises:
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
-    with _session(destination, options) as session:
-        return session.rescore()
+    with session(destination, options) as work:
+        return work.rescore()
 
 
 def caption(destination: str, choice: Choice, options: Options = Options()) -> dict[str, Any]:
@@ -96,28 +99,62 @@ def caption(destination: str, choice: Choice, options: Options = Options()) -> d
     Raises:
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
-    with _session(destination, options) as session:
-        return session.caption(choice)
+    with session(destination, options) as work:
+        return work.caption(choice)
+
+
+def prune(
+    destination: str, options: Options = Options(), keep_days: float = 30.0, dry_run: bool = False
+) -> dict[str, Any]:
+    """Fold runs of small files or of superseded rows into one, and remove the runs that newer ones have superseded.
+
+    Args:
+        destination: where `score` wrote.
+        options: of the cluster; no bundle is used.
+        keep_days: every state of the last so many days stays: `diff` can look at it.
+        dry_run: say what would be done; needs no lease and no cluster.
+
+    Returns:
+        counts, see `prune.describe`.
+
+    Raises:
+        PicInspectorError: nothing that is needed was removed; running the same command again is safe.
+    """
+    dest, cutoff = Destination(destination, options.storage_options), datetime.now(UTC) - timedelta(days=keep_days)
+    if dry_run:
+        return retention.describe(retention.survey(dest, cutoff))
+    with _only_here(dest) as held:
+        return _prune(dest, options, cutoff, held)
 
 
 # --- a session --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _session(destination: str, options: Options) -> Iterator[_Session]:
-    """A destination for oneself, and a bundle that is whole."""
+def session(destination: str, options: Options) -> Iterator[Session]:
+    """Have a destination for oneself, with a bundle that is whole.
+
+    Raises:
+        PicInspectorError: the destination cannot be written, another run is at work there, or the bundle is damaged.
+    """
     bundle = open_bundle(options.bundle)
     for piece in bundle.pieces:  # a damaged bundle fails here, before anything is written, and not on a worker
         bundle.piece(piece)
     score_columns(bundle)
     dest = Destination(destination, options.storage_options)
+    with _only_here(dest) as held:
+        yield Session(bundle, dest, options, held)
+
+
+@contextlib.contextmanager
+def _only_here(dest: Destination) -> Iterator[lease.Lease]:
     dest.check_writable()
     with lease.hold(dest.writer, dest.root, dest.url, dest.local) as held:
-        yield _Session(bundle, dest, options, held)
+        yield held
 
 
 @dataclass(frozen=True)
-class _Session:
+class Session:
     """One command at work on a destination."""
 
     bundle: Bundle
@@ -177,6 +214,17 @@ class _Session:
             return finished
         return self._carry_out(record)
 
+    def has_another_scorer(self) -> bool:
+        """True if these encoders' photos were scored last by another scorer than the bundle's."""
+        bundles = [record["bundle"] for record in self.dest.runs() if record.get("bundle")]
+        if not bundles or bundles[-1]["encoder_fingerprint"] != self.bundle.encoder_fingerprint:
+            return False
+        return bool(bundles[-1]["scorer_fingerprint"] != self.bundle.scorer_fingerprint)
+
+    def prune(self, cutoff: datetime) -> dict[str, Any]:
+        """`pipeline.prune`."""
+        return _prune(self.dest, self.options, cutoff, self.lease)
+
     def _need_captioner(self) -> None:
         if not self.bundle.has("captioner"):
             raise UsageError(f"{self._bundle_name()} has no captioner; use another, or --captions none")
@@ -188,7 +236,9 @@ class _Session:
     def _planning(self, kind: str, job: dict[str, Any], library: str | None) -> Iterator[dict[str, Any]]:
         """A new run's record, to be filled in with what there is to do; written at the end of the block."""
         started = time.monotonic()
-        record = runs.new_record(self.dest.new_run_id(), kind, self.bundle, self.dest.url, library)
+        record = runs.new_record(
+            self.dest.new_run_id(), kind, runs.describe_bundle(self.bundle), self.dest.url, library
+        )
         logs.set_run(record["run_id"])
         logs.event("run_started", kind=kind, library=library, destination=self.dest.url)
         record["job"] = self._job(kind, job, library)
@@ -224,35 +274,70 @@ class _Session:
 
     def _carry_out(self, record: dict[str, Any]) -> dict[str, Any]:
         """Work out a planned run's tables and commit it."""
-        started = time.monotonic()
         steps, source = _STEPS[record["kind"]]
-        work = chains.Work(self.dest, record, self.bundle, self.options, source)
-        if work.total:
-            for step in steps:
-                step(work)
-        record["seconds"]["total"] = record["seconds"]["list"] + time.monotonic() - started
-        self._commit(record)
+        work = chains.Work(self.dest, record, self.options, source)
+        _work_out(work, [functools.partial(step, work, self.bundle) for step in steps], self.lease)
         return record
 
-    def _commit(self, record: dict[str, Any]) -> None:
-        run_id, unread = record["run_id"], {}  # type: str, dict[str, int]
-        if record["kind"] == "caption":
-            for error, count in self.dest.tally("embeddings", "caption_error", run_id).items():
-                kind = error.partition(":")[0]
-                unread[kind] = unread.get(kind, 0) + count
-        errors = self.dest.tally("scores", "error_kind", run_id)
-        sources = self.dest.tally("scores", "caption_source", run_id)
-        runs.finish_record(record, errors, sources, unread)
-        self.lease.check()
-        self.dest.commit(record)
-        logs.event("committed", outcome=record["outcome"], **record["counts"])
 
-
-_STEPS: dict[str, tuple[tuple[Callable[[chains.Work], None], ...], str | None]] = {
+_STEPS: dict[str, tuple[tuple[Callable[[chains.Work, Bundle], None], ...], str | None]] = {
     "score": ((chains.embed, chains.score), None),
     "rescore": ((chains.score,), "source_run_id"),
     "caption": ((chains.caption, chains.score), "source_run_id"),
 }
+
+
+def _work_out(work: chains.Work, steps: Sequence[Callable[[], None]], held: lease.Lease) -> None:
+    """Do the steps of a planned run and commit it."""
+    dest, record, started = work.dest, work.record, time.monotonic()
+    if work.total:
+        for step in steps:
+            step()
+    record["seconds"]["total"] = record["seconds"]["list"] + time.monotonic() - started
+    run_id, unread = record["run_id"], {}  # type: str, dict[str, int]
+    if record["kind"] == "caption":
+        for error, count in dest.tally("embeddings", "caption_error", run_id).items():
+            kind = error.partition(":")[0]
+            unread[kind] = unread.get(kind, 0) + count
+    errors = dest.tally("scores", "error_kind", run_id)
+    runs.finish_record(record, errors, dest.tally("scores", "caption_source", run_id), unread)
+    held.check()
+    dest.commit(record)
+    logs.event("committed", outcome=record["outcome"], **record["counts"])
+
+
+def _prune(dest: Destination, options: Options, cutoff: datetime, held: lease.Lease) -> dict[str, Any]:
+    found = retention.survey(dest, cutoff)
+    report = retention.describe(found)
+    if found is None:
+        return report
+    if found.to_fold:
+        _fold(dest, options, found, held)
+        found = retention.survey(dest, cutoff) or found
+    for run in found.superseded:
+        held.check()
+        retention.remove(dest, run.run_id)
+    logs.event("pruned", **report)
+    return report
+
+
+def _fold(dest: Destination, options: Options, found: retention.Survey, held: lease.Lease) -> None:
+    """Copy the newest rows of the runs to fold into one; again from where it was cut short."""
+    record = dest.planned(found.fold_id)
+    if record is None:
+        for table in ("embeddings", "scores", "gone"):
+            dest.delete(dest.table_path(table, found.fold_id))
+        dest.delete(dest.run_path(found.fold_id))
+        [last] = [record for record in dest.runs() if record["run_id"] == found.runs[-1].run_id]
+        record = runs.new_record(found.fold_id, "fold", last.get("bundle"), dest.url, None)
+        record["seconds"]["list"], record["job"] = 0.0, {"kind": "fold"}
+        record["folded"] = [run.run_id for run in found.to_fold]
+        record["counts"]["to_do"] = dest.write_manifest(found.fold_id, retention.fold(dest, found))
+        if (marks := retention.fold_marks(dest, found)) is not None:
+            dest.write_parquet(f"{dest.table_path('gone', found.fold_id)}/0.parquet", marks)
+        dest.plan(record)
+    work = chains.Work(dest, record, options)
+    _work_out(work, [functools.partial(chains.copy, work)], held)
 
 
 def _name(library: str) -> str:

@@ -217,20 +217,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def new_record(run_id: str, kind: str, bundle: Bundle, destination: str, library: str | None) -> dict[str, Any]:
-    """The record of a run that begins: who, what, with which models."""
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Which models a run works with."""
+    return {
+        "name": bundle.name,
+        "version": bundle.version,
+        "encoder_fingerprint": bundle.encoder_fingerprint,
+        "scorer_fingerprint": bundle.scorer_fingerprint,
+        "scorer_kind": bundle.scorer_kind,
+    }
+
+
+def new_record(
+    run_id: str, kind: str, bundle: dict[str, Any] | None, destination: str, library: str | None
+) -> dict[str, Any]:
+    """The record of a run that begins: who, what, with which models (`describe_bundle`)."""
     return {
         "run_id": run_id,
         "kind": kind,
         "library": library,
         "destination": destination,
-        "bundle": {
-            "name": bundle.name,
-            "version": bundle.version,
-            "encoder_fingerprint": bundle.encoder_fingerprint,
-            "scorer_fingerprint": bundle.scorer_fingerprint,
-            "scorer_kind": bundle.scorer_kind,
-        },
+        "bundle": bundle,
         "started_at": _now(),
         "counts": {},
         "seconds": {},

@@ -49,12 +49,13 @@ def new_run_id(newest: str | None = None) -> str:
             machines say.
     """
     now = datetime.now(UTC)
-    if newest is not None and (last := _time_of(newest)) is not None:
+    if newest is not None and (last := time_of(newest)) is not None:
         now = max(now, last + timedelta(milliseconds=1))
     return f"{now:{_STAMP}}.{now.microsecond // 1000:03}Z-{secrets.token_hex(3)}"
 
 
-def _time_of(run_id: str) -> datetime | None:
+def time_of(run_id: str) -> datetime | None:
+    """When a run began, by its id; None if that is none of ours."""
     try:
         return datetime.strptime(run_id.partition("Z-")[0], f"{_STAMP}.%f").replace(tzinfo=UTC)
     except ValueError:
@@ -131,13 +132,18 @@ class Destination:
 
     def plan(self, record: Mapping[str, Any]) -> None:
         """Write what a run is going to do: its manifest is whole, and it can be resumed."""
-        self._write_json(f"{self.run_path(record['run_id'])}/plan.json", record)
+        self.write_json(f"{self.run_path(record['run_id'])}/plan.json", record)
+
+    def planned(self, run_id: str) -> dict[str, Any] | None:
+        """What a run was going to do; None if it was not planned to the end."""
+        return self._read_json(f"{self.run_path(run_id)}/plan.json")
 
     def commit(self, record: Mapping[str, Any]) -> None:
         """Write the run record: from now on readers honour the run."""
-        self._write_json(f"{self.run_path(record['run_id'])}/run.json", record)
+        self.write_json(f"{self.run_path(record['run_id'])}/run.json", record)
 
-    def _write_json(self, path: str, record: Mapping[str, Any]) -> None:
+    def write_json(self, path: str, record: Mapping[str, Any]) -> None:
+        """Write a record, whole or not at all."""
         self.make_folder(os.path.dirname(path))  # noqa: PTH120
         self.writer.pipe_file(path, json.dumps(record, indent=2, default=str).encode())
 
@@ -163,7 +169,7 @@ class Destination:
         for run_id in reversed(self._run_ids()):
             if self._read_json(f"{self.run_path(run_id)}/run.json") is not None:
                 return None
-            if (plan := self._read_json(f"{self.run_path(run_id)}/plan.json")) is not None:
+            if (plan := self.planned(run_id)) is not None:
                 return plan
         return None
 
@@ -190,7 +196,7 @@ class Destination:
         """Write one Parquet file, and the folder it is in."""
         self.make_folder(os.path.dirname(path))  # noqa: PTH120
         with self.writer.open(path, "wb") as file:
-            pa.parquet.write_table(table, file)
+            pa.parquet.write_table(table, file, write_page_checksum=True)
 
     def write_manifest(self, run_id: str, tables: Iterable[pa.Table]) -> int:
         """Write the manifest shards of a run; returns the number of rows."""
@@ -364,9 +370,9 @@ class Destination:
         return {str(value): int(count) for value, count in rows}
 
 
-#: SQL: whether a row is hidden by the newest mark of its image, joined from the left as `marks`. A row made after its
-#: photo had left is that of a photo that came back.
-GONE = "coalesce(marks.gone AND marks.run_id > {}.run_id, false)"
+#: SQL: whether a row is hidden by the newest mark of its image, joined from the left as `marks`. A row that a later run
+#: made is that of a photo that came back.
+GONE = "coalesce(marks.gone AND marks.run_id >= {}.run_id, false)"
 
 
 def _plain(rows: pa.Table) -> pa.Table:

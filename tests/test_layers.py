@@ -45,6 +45,7 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "drift",
                 "verify",
                 "plan",
+                "prune",
                 "ledger",
                 "lease",
                 "choice",
@@ -53,7 +54,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"stages"}),
-    frozenset({"pipeline", "chains", "progress", "runs", "serve"}),
+    frozenset({"pipeline", "nightly", "chains", "progress", "runs", "serve"}),
     frozenset({"cli", "__main__"}),
 )
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

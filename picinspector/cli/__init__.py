@@ -74,8 +74,10 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     jobs.score,
+    jobs.nightly,
     jobs.rescore,
     jobs.caption,
+    jobs.prune,
     looking.top,
     looking.diff,
     looking.verify,

@@ -136,9 +136,7 @@ def prune(
     """Remove what newer runs have superseded from DEST, and put small files together."""
     from picinspector import pipeline
 
-    options = pipeline.Options(
-        storage_options=parse_options(storage_options), address=address, show_progress=not quiet
-    )
+    options = pipeline.Options(storage_options=parse_options(storage_options), address=address, show_progress=not quiet)
     report = pipeline.prune(dest, options, keep_days, dry_run)
     print(json.dumps(report, indent=2) if as_json else prune_text(report, dry_run))
     return 0

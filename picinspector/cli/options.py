@@ -48,7 +48,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
 
 
-
 class RetryFailed(StrEnum):
     """Which photos that failed before are done again."""
 
@@ -64,7 +63,9 @@ class Captions(StrEnum):
     none = "none"
 
 
-Retry = Annotated[RetryFailed, typer.Option(help="Failed photos to do again: those whose failure may pass, all, or none.")]
+Retry = Annotated[
+    RetryFailed, typer.Option(help="Failed photos to do again: those whose failure may pass, all, or none.")
+]
 Describe = Annotated[Captions, typer.Option(help="Describe every photo, or none.")]
 
 #: Defaults of `MaxMegapixels` and `MaxMegabytes`.
