@@ -92,9 +92,8 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> str:
     """The absolute path of a local URL. `file://` URLs are percent-encoded, plain paths are taken as they are."""
-    if "://" in url:
-        return os.fsdecode(unquote_to_bytes(urlsplit(url).path))
-    path = os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111  (strings throughout, as fsspec has them)
+    path = os.fsdecode(unquote_to_bytes(urlsplit(url).path)) if "://" in url else os.path.expanduser(url)  # noqa: PTH111
+    path = os.path.abspath(path)  # noqa: PTH100  (strings throughout, as fsspec has them)
     return path[1:] if path.startswith("//") else path  # POSIX leaves two slashes open, and Linux takes them for one
 
 
