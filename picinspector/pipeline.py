@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from picinspector import chains, lease, ledger, logs, plan, runs
+from picinspector import chains, lease, ledger, logs, plan, runs, schema
 from picinspector import prune as retention
 from picinspector.bundle import Bundle, open_bundle
 from picinspector.choice import Choice, choose
@@ -174,9 +174,10 @@ class Session:
             drawn = _draw_up(library, self.dest, self.bundle, options)
             self.dest.write_manifest(record["run_id"], drawn.shards())
             record["counts"] |= drawn.counts
-            if drawn.marks:
-                folder = self.dest.table_path("gone", record["run_id"])
-                self.dest.write_parquet(f"{folder}/0.parquet", pa.concat_tables(drawn.marks))
+            # Without any mark an empty file, once: who reads the tables with SQL finds one to read.
+            if drawn.marks or not self.dest.has("gone"):
+                marks = pa.concat_tables([schema.GONE.empty_table(), *drawn.marks])
+                self.dest.write_parquet(f"{self.dest.table_path('gone', record['run_id'])}/0.parquet", marks)
         if finished is not None and not drawn.counts["to_do"] and not drawn.marks:
             self.dest.delete(self.dest.run_path(record["run_id"]))
             return finished
