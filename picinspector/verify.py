@@ -229,15 +229,17 @@ class _Check:
                 if self.folders.get(folder):
                     run.problem(Kind.FOREIGN, f"{run.name(table)}: a run of kind {kind} writes none")
                 continue
-            self.report.rows += run.load(table, folder)
+            found = run.load(table, folder)
+            self.report.rows += found
             if rows == total:  # of a broken manifest nothing follows for the rows
                 run.hold_against_manifest(table)
+            if table == "scores" and found == total:
+                run.check_errors()
             if kind in _MADE_BY:  # others copy rows, which bring the fingerprints of where they are from
                 run.check_fingerprints(table)
             self.connection.execute(
                 f"INSERT INTO all_{table} SELECT md5_number(uri), image_id, $1 FROM {table}", [run_id]
             )
-        run.check_errors()
         run.load("gone", self.dest.table_path("gone", run_id))
         run.check_marks()
         run.close()

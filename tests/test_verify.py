@@ -21,6 +21,7 @@ from picinspector.errors import StorageError
 from picinspector.tables import Destination
 from picinspector.verify import Kind, Report, verify
 from tests.bundles import tiny_bundle
+from tests.s3_server import S3Server
 from tests.test_pipeline import make_library, options
 
 #: Photos of the library, one of them broken; the first run does all of them.
@@ -407,3 +408,18 @@ def test_storage_that_fails_for_now_is_no_verdict(dest: Path, monkeypatch: pytes
     monkeypatch.setattr(type(destination.filesystem), "open", throttled)
     with pytest.raises(StorageError, match=r"scores/.*reduce your request rate.*try again"):
         verify(destination)
+
+
+def test_a_destination_on_s3(healthy: Path, s3_server: S3Server, s3_bucket: str) -> None:
+    dest = Destination(f"s3://{s3_bucket}/a b/[1] 50%+", s3_server.storage_options)
+    for path in healthy.rglob("*"):
+        if path.is_file():
+            dest.filesystem.put_file(str(path), f"{dest.root}/{path.relative_to(healthy)}")
+    report = verify(dest)
+    assert (told(report), report.notices, report.rows) == ("", [], check(healthy).rows)
+    [file] = dest.files(dest.table_path("scores", runs(healthy)[3]))
+    content = dest.filesystem.cat_file(file)
+    dest.filesystem.pipe_file(file, content[: len(content) // 2])
+    assert {Kind.UNREADABLE, Kind.MISSING} == kinds(verify(dest, quick=True))
+    with pytest.raises(StorageError, match="check the path and the credentials"):
+        verify(Destination(f"s3://{s3_bucket}/a b", {**s3_server.storage_options, "secret": "wrong"}))
