@@ -23,13 +23,16 @@ import pyarrow as pa
 
 from picinspector import chains, lease, ledger, logs, plan, runs, schema
 from picinspector import prune as retention
-from picinspector.bundle import Bundle, open_bundle
+from picinspector.bundle import PIECES, Bundle, open_bundle
 from picinspector.choice import Choice, choose
 from picinspector.errors import UsageError
 from picinspector.runs import Options as Options  # callers of the jobs fill it in
 from picinspector.stages.score import score_columns
 from picinspector.storage import is_local, local_path, redact
 from picinspector.tables import Destination
+
+#: What scoring stored embeddings loads.
+_SCORING_PIECES = ("scorer", "attributes", "zero_shot")
 
 
 def plan_score(library: str, destination: str, options: Options = Options()) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def rescore(destination: str, options: Options = Options()) -> dict[str, Any]:
     Raises:
         PicInspectorError: nothing was committed; running the same command again is safe.
     """
-    with session(destination, options) as work:
+    with session(destination, options, _SCORING_PIECES) as work:
         return work.rescore()
 
 
@@ -131,14 +134,14 @@ def prune(
 
 
 @contextlib.contextmanager
-def session(destination: str, options: Options) -> Iterator[Session]:
-    """Have a destination for oneself, with a bundle that is whole.
+def session(destination: str, options: Options, pieces: Sequence[str] = PIECES) -> Iterator[Session]:
+    """Have a destination for oneself, with a bundle of which these pieces are whole.
 
     Raises:
         PicInspectorError: the destination cannot be written, another run is at work there, or the bundle is damaged.
     """
     bundle = open_bundle(options.bundle)
-    for piece in bundle.pieces:  # a damaged bundle fails here, before anything is written, and not on a worker
+    for piece in set(bundle.pieces) & set(pieces):  # damage is told here, before anything is written, not by a worker
         bundle.piece(piece)
     score_columns(bundle)
     dest = Destination(destination, options.storage_options)
