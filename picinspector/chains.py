@@ -29,7 +29,7 @@ from picinspector.errors import StorageError, TableError
 from picinspector.progress import Reporter, progress
 from picinspector.stages.read import caption_crop, crops_of, read_photos
 from picinspector.stages.score import Score, score_columns
-from picinspector.storage import StorageOptions
+from picinspector.storage import StorageOptions, is_storage_error, redact
 from picinspector.tables import Destination, TableName, database
 
 #: Rows of one file of embeddings, where there are as many: about 30 MB. What a crash costs is a file at most, so on the
@@ -191,7 +191,7 @@ def _until_whole(
 
 
 class _storage_errors:  # noqa: N801  (a context manager that is used like a function)
-    """Say in one line what a full or a read-only disk makes Ray say in many."""
+    """Say in one line what a full disk, or a store that refuses or went away, makes Ray say in many."""
 
     def __init__(self, dest: Destination) -> None:
         self._dest = dest
@@ -207,6 +207,12 @@ class _storage_errors:  # noqa: N801  (a context manager that is used like a fun
                 raise StorageError(
                     f"cannot write to {self._dest.url}: {cause.strerror}; make room there and run the same command "
                     "again: what is written stays"
+                ) from error
+            if isinstance(cause, Exception) and is_storage_error(cause):
+                reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
+                raise StorageError(
+                    f"cannot read or write {self._dest.url}: {redact(reason)}; run the same command again: what is "
+                    "written stays"
                 ) from error
             seen = seen.__cause__
 

@@ -34,6 +34,7 @@ from picinspector.storage import (
     head_s3,
     is_local,
     is_signed,
+    is_storage_error,
     local_path,
     open_filesystem,
     redact,
@@ -99,10 +100,8 @@ def list_library(
         else:
             pages = _walk_parallel(path, lambda prefix, deep: _list_any(filesystem, prefix, deep))
         yield from _to_tables(pages, partial(to_uri, filesystem), suffixes)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot list {redact(text)}: {to_photo_error(error).message}") from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+        if not is_storage_error(error) and not isinstance(error, ValueError):
             raise
         raise StorageError(f"cannot list {redact(text)}: {to_photo_error(error).message}") from error
 

@@ -369,6 +369,12 @@ def to_photo_error(error: Exception) -> PhotoError:
     return PhotoError(_kind(error), redact(f"{type(error).__name__}: {error}"))
 
 
+def is_storage_error(error: BaseException) -> bool:
+    """True if the operating system or a storage library raised it: the clients of S3 and of the web have other roots."""
+    package = type(error).__module__.partition(".")[0]
+    return package in ("botocore", "aiobotocore", "aiohttp") or (isinstance(error, OSError) and package != "ray")
+
+
 def _kind(error: Exception) -> ErrorKind:
     # aiohttp's and botocore's errors share no base class with Python's.
     names, status = [base.__name__ for base in type(error).__mro__], _status(error)

@@ -55,7 +55,7 @@ class Fault:
             `none` passes the request on.
         pattern: a regular expression, looked for in method and path.
         times: the first so many requests of each method and path; None is all.
-        probability: of each of those, drawn by the proxy's seed, method, path and number of the request.
+        probability: of each of those, drawn by the seed, the kind, method, path and number of the request.
         seconds: of `slow`.
         action: called, in a thread, before anything else happens.
     """
@@ -127,7 +127,7 @@ class FaultProxy:
                 continue
             if fault.times is not None and self.asked[line] > fault.times:
                 continue
-            if random.Random(f"{self._seed} {line} {self.asked[line]}").random() < fault.probability:
+            if random.Random(f"{self._seed} {fault.kind} {line} {self.asked[line]}").random() < fault.probability:
                 self.befallen[fault.kind] += 1
                 return fault
         return None
