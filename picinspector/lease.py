@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from picinspector import logs
 from picinspector.errors import StorageError, UsageError
 from picinspector.storage import to_photo_error
 
@@ -52,10 +53,12 @@ def hold(filesystem: Any, root: str, shown: str, local: bool, ttl_s: float = TTL
     """
     if local:
         with _lock(f"{root}/runs/.lock", shown) as lock:
+            logs.event("lease_taken", destination=shown)
             yield lock
         return
     lease = _StoreLease(filesystem, f"{root}/lease", shown, ttl_s)
     lease.take()
+    logs.event("lease_taken", destination=shown)
     try:
         yield lease
     finally:
@@ -115,6 +118,7 @@ class _StoreLease:
         """Wait until the last lease is released or silent for its time, then take the next number."""
         last = self._last()
         if last and (seen := self._read(last)) and not _released(seen):
+            logs.event("lease_waited_for", destination=self._shown, ttl_s=self._ttl_s)
             deadline = time.monotonic() + self._ttl_s
             while time.monotonic() < deadline:
                 time.sleep(min(1.0, self._ttl_s / 20))

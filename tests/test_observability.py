@@ -316,12 +316,15 @@ def test_a_whole_run_leaks_nothing(
 
     shown = capfd.readouterr()
     events = lines(shown.err)
-    assert {event["event"] for event in events} >= {"stage_finished", "failed"}
+    said = [event["event"] for event in events if event["event"] != "progress"]
+    told = ["lease_taken", "run_started", "planned", "stage_finished", "stage_finished", "committed"]
+    assert said[: len(told)] == told and said[-1] == "failed"
+    assert len({event["run_id"] for event in events[1 : events.index(committed(events))]}) == 1
     texts = {"stdout": shown.out.encode(), "stderr": shown.err.encode()}
     listed = client.list_objects_v2(Bucket=s3_bucket, Prefix="out/")["Contents"]
-    assert any(item["Key"].endswith("run.json") for item in listed)
     for item in listed:
         texts[item["Key"]] = client.get_object(Bucket=s3_bucket, Key=item["Key"])["Body"].read()
+    check_record(next(json.loads(text) for name, text in texts.items() if name.endswith("run.json")), photos=13)
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     files = [path for path in session.rglob("*") if path.is_file()]
     assert any("ray-data" in path.name for path in files)
@@ -329,6 +332,21 @@ def test_a_whole_run_leaks_nothing(
     secrets = (s3_server.secret_key, s3_server.access_key, SECRET, signature[1], unquote(signature[1]))
     leaks = [(name, secret) for name, text in texts.items() for secret in secrets if secret.encode() in text]
     assert not leaks
+
+
+def committed(events: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(event for event in events if event["event"] == "committed")
+
+
+def check_record(record: dict[str, Any], photos: int) -> None:
+    """What a run's record says of its stages."""
+    stages = record["stages"]
+    assert {name: stage["rows"] for name, stage in stages.items()} == dict.fromkeys(("read", "encode", "score"), photos)
+    assert [stage["errors_by_kind"] for stage in stages.values()] == [{"empty": 1}, {}, {}]
+    assert 0 < stages["encode"]["use"] <= 1 and stages["encode"]["workers"] == 1
+    for stage in stages.values():
+        assert stage["busy_s"] > 0 and 50e6 < stage["peak_memory_bytes"] < 64e9
+    assert 50e6 < record["peak_memory_bytes"] < 64e9
 
 
 @pytest.mark.parametrize("name", ["", "botocore", "s3fs", "aiohttp", "fsspec"])
