@@ -41,6 +41,12 @@ PHOTO_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".apng", ".webp", ".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif"}
 )
 
+#: Of one JPEG. Progressive ones have about ten; each more is a walk over all coefficients for a handful of bytes, and a
+#: small file could ask for hours of them. (Measured: 27 ms a scan of 289 megapixels that holds nothing.)
+_MAX_SCANS = 100
+#: Not a stuffed zero, not a restart, not a fill byte: where entropy-coded data end.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
 # Our own limit is checked on every header (`Limits.max_pixels`); Pillow's would refuse panoramas we mean to read.
 Image.MAX_IMAGE_PIXELS = None
 # Pillow loads its plugins on the first unrestricted open, and ours are all restricted.
@@ -153,11 +159,26 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
         )
 
 
+def _check_scans(data: bytes) -> None:
+    if data.count(b"\xff\xda") <= _MAX_SCANS:  # nearly always; a film behind a phone's photo has some by chance
+        return
+    place, scans = 2, 0
+    while found := _MARKER.search(data, place):
+        marker, place = data[found.start() + 1], found.end()
+        if marker == 0xD9:  # end of the picture
+            return
+        scans += marker == 0xDA
+        if scans > _MAX_SCANS:
+            raise PhotoError(ErrorKind.CORRUPT, f"a JPEG of more than {_MAX_SCANS} scans, which no camera writes")
+        place += int.from_bytes(data[place : place + 2], "big")
+
+
 def _open(data: bytes, limits: Limits, need_px: int) -> tuple[Image.Image, dict[str, Any]]:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
     _check_pixels(width, height, limits)
     if image.format in ("JPEG", "MPO"):
+        _check_scans(data)
         image.draft(None, (2 * need_px, 2 * need_px))  # keeps at least these, as `_shrink` does
     # Before the EXIF: Pillow looks for a PNG's behind the pixels, and where loading failed there, loading again here
     # would succeed with a black picture. Loading also turns a TIFF, and takes the orientation out of its EXIF.

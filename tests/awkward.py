@@ -216,6 +216,56 @@ def dng(orientation: int) -> bytes:
     return head.ljust(values_at, b"\0") + values.ljust(values_at, b"\0") + pixels
 
 
+def hazards(scale: int = 1) -> dict[str, bytes]:
+    """Small files that may cost a decoder far more than their size; `scale` times as much of it. Not in the corpus.
+
+    What becomes of them is for the decoder to say, but it must say it soon, and without much memory.
+    """
+    bits = Image.new("1", (8000, 2000 * scale))
+    small = encode(quadrants(64, 48), "JPEG", quality=92)
+    profile = swapped_primaries_profile()
+    tags = struct.pack(">I", 0xFFFFFFFF)
+    loop = encode(quadrants(64, 48), "TIFF")
+    directory = struct.unpack_from("<I", loop, 4)[0]
+    behind = directory + 2 + 12 * struct.unpack_from("<H", loop, directory)[0]
+    looped = loop[:behind] + loop[4:8] + loop[behind + 4 :]
+    # An IFD whose one entry, the pointer to the EXIF IFD, points at itself; as does its next IFD.
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x8769, 4, 1, 8, 8)
+    entries = b"".join(struct.pack("<HHII", tag, 2, 0x7FFFFFFF, 8) for tag in range(5000))
+    full = b"II*\0\x08\0\0\0" + struct.pack("<H", 5000) + entries + bytes(4)
+    zeros = zlib.compress(bytes(64 * 1024**2 * scale), 9)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in quadrants(64, 48)))
+    frame = b"\x2c" + struct.pack("<4HB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    gif = encode(Image.fromarray(quadrants(64, 48)), "GIF")
+    return {
+        "bomb.png": encode(bits, "PNG", compress_level=9),
+        "bomb.tif": encode(bits, "TIFF", compression="tiff_adobe_deflate"),
+        "bomb.gif": encode(bits.convert("P"), "GIF"),
+        "bomb_in_text.png": png(64, 48, 8, 2, rows, (b"zTXt", b"note\0\0" + zeros)),
+        "bomb_in_icc.png": png(64, 48, 8, 2, rows, (b"iCCP", b"icc\0\0" + zeros)),
+        "scans.jpg": _many_scans(4000, 4000, 3000 * scale),
+        "frames.gif": gif[:-1] + frame * (20_000 * scale) + b";",
+        "frames.png": png(64, 48, 8, 2, rows, *[(b"tEXt", b"n\0v")] * (20_000 * scale)),
+        "ifd_loop.tif": looped,
+        "exif_loop.jpg": _with_segment(small, b"\xff\xe1", exif),
+        "exif_counts.png": png(64, 48, 8, 2, rows, (b"eXIf", full)),
+        "icc_tags.jpg": _with_segment(small, b"\xff\xe2", b"ICC_PROFILE\0\1\1" + profile[:128] + tags + profile[132:]),
+        "icc_cut.jpg": _with_segment(small, b"\xff\xe2", b"ICC_PROFILE\0\1\1" + profile[: len(profile) // 2]),
+    }
+
+
+def _many_scans(width: int, height: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again: each is a walk over all coefficients."""
+    data = bytearray(encode(quadrants(16, 16), "JPEG", progressive=True))
+    struct.pack_into(">2H", data, data.index(b"\xff\xc2") + 5, height, width)
+    last = bytes(data[data.rindex(b"\xff\xda") : -2])
+    return bytes(data[:-2]) + last * scans + b"\xff\xd9"
+
+
+def _with_segment(data: bytes, marker: bytes, content: bytes) -> bytes:
+    return data[:2] + marker + struct.pack(">H", len(content) + 2) + content + data[2:]
+
+
 class _Corpus:
     """The files written so far."""
 

@@ -12,10 +12,12 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from PIL import Image, PngImagePlugin
 
+from benchmarks import fuzz
 from picinspector.photo import Limits
 from tests.awkward import encode, quadrants
 
@@ -31,8 +33,17 @@ HAZARDS = _Hazards()
 
 
 def poison(act: str) -> bytes:
-    """A file that does this when it is decoded: `abort`, `segfault`, `kill`, `hang`, or `sleep 0.5` and is a photo."""
+    """A file that does this when it is decoded: `abort`, `segfault`, `kill`, `hang`, `spin`; or is a photo after.
+
+    That is after `sleep 0.5`, or after `hold FOLDER`: it writes the process's id into a file of the folder, and waits
+    until there is one named `go`.
+    """
     return _MAGIC + act.encode() + b"\n" + encode(quadrants(64, 48), "PNG")
+
+
+def examine(data: bytes, suffix: str) -> tuple[str, str, float, int]:
+    """`fuzz.examine`, where this codec is."""
+    return fuzz.examine(data, suffix)
 
 
 def _accept(prefix: bytes) -> bool:
@@ -50,9 +61,24 @@ def _open(file: IO[bytes], name: str | bytes) -> PngImagePlugin.PngImageFile:
     elif act == b"hang":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         time.sleep(600)
+    elif act == b"spin":
+        while True:
+            pass
     elif act == b"sleep":
         time.sleep(float(amount))
+    elif act == b"hold":
+        _hold(Path(os.fsdecode(amount)))
     return PngImagePlugin.PngImageFile(io.BytesIO(file.read()))
+
+
+def _hold(folder: Path) -> None:
+    with (folder / "held").open("a") as log:
+        log.write(f"{os.getpid()}\n")
+    for _ in range(2400):
+        if (folder / "go").exists():
+            return
+        time.sleep(0.05)
+    raise TimeoutError("nobody let this photo go on")
 
 
 # Of the formats that `photo` lets Pillow try, the one that no file has: a bitmap without its header.

@@ -18,11 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from benchmarks import fuzz as fuzz_corpus
+from benchmarks.fuzz import decode_all, mutants
 from picinspector import schema
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.measure import measure
 from picinspector.photo import WORKING_PX, CropSpec, Limits, Photo, decode
-from tests.awkward import CAMERA_FACTS, QUADRANTS, Case, camera_exif, dng, encode, make_corpus, png, quadrants
+from tests import poison
+from tests.awkward import CAMERA_FACTS, QUADRANTS, Case, camera_exif, dng, encode, hazards, make_corpus, png, quadrants
 
 SQUASH = CropSpec(64, 64, "bilinear", "squash")
 CENTRE = CropSpec(96, 80)
@@ -400,3 +403,51 @@ def test_a_damaged_exif_block_never_costs_the_photo(changes: list[tuple[float, i
     photo = decode(bytes(data), [CENTRE, SQUASH])
     check_shapes(photo, (CENTRE, SQUASH))
     assert {photo.facts["width"], photo.facts["height"]} == {320, 240}
+
+
+# --- hazards ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_hazard_takes_long_or_much_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    """Bombs, loops, a film's worth of frames: at most seconds each, in processes that may not take much."""
+    files = iter(hazards().items())
+    outcomes = {outcome.name: outcome for outcome in decode_all(files, workers=2)}
+    assert not [outcome for outcome in outcomes.values() if outcome.bad]
+    assert outcomes.keys() == hazards().keys()
+    assert max(outcome.memory_bytes for outcome in outcomes.values()) < 1024**3
+    verdicts = {name: outcome.verdict for name, outcome in outcomes.items() if outcome.verdict != "scored"}
+    assert verdicts == {"bomb_in_text.png": "corrupt", "bomb_in_icc.png": "corrupt", "scans.jpg": "corrupt"}
+    capfd.readouterr()  # libtiff writes to stderr
+
+
+def test_a_jpeg_may_have_as_many_scans_as_progressive_ones_have_and_a_film_behind_it() -> None:
+    data = encode(photograph(200, 100), "JPEG", progressive=True)
+    assert data.count(b"\xff\xda") > 5
+    film = np.random.default_rng(0).bytes(1000) + b"\xff\xda" * 1000
+    assert decode(data + film, [CENTRE]).facts["width"] == 200
+    last = data[data.rindex(b"\xff\xda") : -2]
+    decode(data[:-2] + 50 * last + data[-2:], [CENTRE])
+    assert "more than 100 scans" in refused(data[:-2] + 100 * last + data[-2:]).message
+
+
+def test_a_slice_of_the_fuzz_corpus_ends_in_verdicts(capfd: pytest.CaptureFixture[str]) -> None:
+    """`python -m benchmarks.fuzz` decodes all of it."""
+    files = list(mutants(seed=1, files=150))
+    assert files == list(mutants(seed=1, files=150)) and len(files) == 150
+    outcomes = list(decode_all(iter(files), workers=2))
+    assert sorted(outcome.name for outcome in outcomes) == sorted(name for name, _ in files)
+    assert not [outcome for outcome in outcomes if outcome.bad]
+    assert {"scored", "truncated", "corrupt"} <= {outcome.verdict for outcome in outcomes}
+    capfd.readouterr()
+
+
+def test_what_kills_or_hangs_is_seen_by_the_fuzz(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report cannot be good because nothing is looked at."""
+    monkeypatch.setattr(fuzz_corpus, "TIMEOUT_S", 2.0)
+    monkeypatch.setattr(fuzz_corpus, "examine", poison.examine)
+    files = {act: poison.poison(act) for act in ("segfault", "spin", "sleep 0")}
+    assert {o.name: o.verdict for o in decode_all(iter(files.items()), 1)} == {
+        "segfault": "crash",
+        "spin": "hang",
+        "sleep 0": "scored",
+    }

@@ -22,8 +22,10 @@ from picinspector.errors import ErrorKind, PhotoError
 
 _Answer = TypeVar("_Answer")
 
-#: Of one photo. The largest that is let in (300 megapixels) takes seconds; an overloaded core may need some more.
+#: For one photo. The largest that are let in (300 megapixels) take seconds.
 TIMEOUT_S = 120.0
+#: By the clock a call may take so many times as long: a machine may be busy with other things, or stand still.
+_PATIENCE = 5
 #: A child may have been killed for what others did (the kernel's out-of-memory killer chooses by size).
 _ATTEMPTS = 2
 
@@ -38,7 +40,7 @@ class Guard(Generic[_Answer]):
 
         Args:
             function: of a module, by whose name the child imports it. Arguments and answers are pickled.
-            timeout_s: a call that takes longer dies.
+            timeout_s: processor time after which a call dies; see `deadline`.
             memory_bytes: address space of the child; half of this machine's memory if None.
         """
         self._function, self._timeout_s = function, timeout_s
@@ -104,7 +106,7 @@ class Guard(Generic[_Answer]):
         return code
 
     def _fate(self, exit_code: int) -> str:
-        if exit_code == -signal.SIGALRM:
+        if exit_code in (-signal.SIGPROF, -signal.SIGALRM):
             return f"decoding it takes longer than {self._timeout_s:g} s"
         cause = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         return f"decoding it kills its process ({cause})"
@@ -112,7 +114,8 @@ class Guard(Generic[_Answer]):
 
 def _serve(connection: Connection, function: Callable[..., Any], timeout_s: float, memory_bytes: int) -> None:
     """The child: answers calls until nobody makes any more."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(timer, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # the system has a lower limit, or cannot limit it at all
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -131,11 +134,17 @@ def _serve(connection: Connection, function: Callable[..., Any], timeout_s: floa
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """End this process by SIGALRM if the body takes longer: also in C code that never comes back."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """End this process by a signal if the body takes longer, also in C code that never comes back.
+
+    Args:
+        seconds: of processor time; it may take five times as long by the clock.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
