@@ -370,7 +370,7 @@ def to_photo_error(error: Exception) -> PhotoError:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """True if the operating system or a storage library raised it: the clients of S3 and of the web have other roots."""
+    """True if the operating system or a storage library raised it: clients of S3 and of the web have other roots."""
     package = type(error).__module__.partition(".")[0]
     return package in ("botocore", "aiobotocore", "aiohttp") or (isinstance(error, OSError) and package != "ray")
 
