@@ -114,6 +114,14 @@ def test_a_healthy_destination_is_whole(healthy: Path, quick: bool) -> None:
     assert (report.files, report.size_bytes) == (len(tables), sum(file.stat().st_size for file in tables))
 
 
+def test_a_destination_that_was_pruned_is_whole(dest: Path, captioned_bundle: Path) -> None:
+    """Rows of several runs in one, with the fingerprints they came with."""
+    pipeline.prune(str(dest), options(captioned_bundle), keep_days=0)
+    report = check(dest)
+    assert (told(report), report.notices, report.runs) == ("", [], 1)
+    assert report.rows == 2 * (PHOTOS + 1), "the newest of each photo, of the one that is gone too"
+
+
 def test_the_command(healthy: Path, dest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(healthy)]) == 0
     assert ": whole; every value of " in capsys.readouterr().out
