@@ -44,6 +44,7 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "taste",
                 "drift",
                 "verify",
+                "contract",
                 "plan",
                 "prune",
                 "ledger",
