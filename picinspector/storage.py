@@ -237,7 +237,9 @@ async def _read_s3(filesystem: Any, uri: str, max_bytes: int, version: _Version)
     except ClientError as error:
         if _status(error) != 416:  # the range of an empty object
             raise translate_boto_error(error, message=str(error)) from error
-        return _whole(b"", version.size_bytes, max_bytes, version)
+        if version.size_bytes:
+            raise version.changed("now empty") from None
+        return b""
     async with response["Body"] as body:
         etag = str(response.get("ETag", "")).strip('"')
         if version.etag is not None and etag != version.etag:

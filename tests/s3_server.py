@@ -18,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,20 @@ def _ceph() -> Iterator[S3Server]:
                 *(f"--access-key={access_key}", f"--secret-key={secret_key}", "--max-buckets=0"),
             ],
         )
+        # The kernel ends a daemon with the thread that started it, and whoever restarts this one may be passing.
+        starter = stack.enter_context(ThreadPoolExecutor(1))
         gateway = stack.enter_context(contextlib.ExitStack())
 
-        def restart() -> None:
+        def start_gateway() -> None:
             gateway.close()
             process = gateway.enter_context(_daemon(folder, "rgw", ["radosgw", "-f", "-c", conf, "-n", "client.rgw"]))
             _wait_until_it_answers(server, process, folder)
 
         url, kind = f"http://127.0.0.1:{s3_port}", f"Ceph radosgw {_ceph_version()}"
+
+        def restart() -> None:
+            starter.submit(start_gateway).result()
+
         server = S3Server(url, access_key, secret_key, kind, stop=gateway.close, restart=restart)
         restart()
         yield server

@@ -210,8 +210,8 @@ def test_the_server_goes_away_amid_a_run_and_comes_back(s3_server: S3Server, s3_
         try:
             record = pipeline.score(library, url, chosen)
             assert record["counts"]["to_do"] == len(names)
-        except Exception as error:  # what the command line makes one line of
-            assert isinstance(error, PicInspectorError | OSError), error
+        except PicInspectorError as error:  # on a slow machine it may take longer than the clients wait
+            assert "\n" not in str(error)
         back.join(60)
         assert proxy.befallen["none"] == 1
         pipeline.score(library, url, chosen)

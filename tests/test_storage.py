@@ -334,6 +334,72 @@ def test_an_empty_file_has_no_bytes_and_is_no_fault(web: FaultyServer, tmp_path:
     assert web.asked["/a.jpg"] == 1
 
 
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_file_that_was_replaced_is_not_the_one_that_was_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{name}.jpg" for name in "abcd"]
+    for path in paths:
+        path.write_bytes(b"a photo")
+        os.utime(path, ns=(0, 1_700_000_000_123_456_789))
+    etags = ["7-1700000000123456789"] * 4
+    assert fetch([str(path) for path in paths], etags=etags) == [b"a photo"] * 4
+    paths[0].write_bytes(b"other!!")
+    paths[1].write_bytes(b"")
+    paths[2].unlink()
+    expected = [ErrorKind.CHANGED, ErrorKind.CHANGED, ErrorKind.NOT_FOUND, b"a photo"]
+    assert kinds(fetch([str(path) for path in paths], etags=etags)) == expected
+    assert fetch([str(paths[0])]) == [b"other!!"]  # to whom no version matters
+
+    class Replaced:
+        """A file that is written to while it is read."""
+
+        def __init__(self, path: str, mode: str) -> None:
+            self._file = Path(path).open(mode)  # noqa: SIM115
+
+        def __enter__(self) -> Replaced:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+        def fileno(self) -> int:
+            return self._file.fileno()
+
+        def read(self, count: int) -> Any:
+            content = self._file.read(count)
+            paths[3].write_bytes(b"a phot")
+            return content
+
+    monkeypatch.setattr(storage, "open", Replaced, raising=False)
+    assert kinds(fetch([str(paths[3])], etags=etags[:1])) == [ErrorKind.CHANGED]
+
+
+def test_an_object_that_was_replaced_is_not_the_one_that_was_listed(s3_server: S3Server, s3_bucket: str) -> None:
+    client, names = s3_server.client(), ["same", "touched", "other", "shorter", "emptied"]
+    for name in names:
+        client.put_object(Bucket=s3_bucket, Key=name, Body=b"a photo")
+    for name, body in (("touched", b"a photo"), ("other", b"A photo"), ("shorter", b"a"), ("emptied", b"")):
+        client.put_object(Bucket=s3_bucket, Key=name, Body=body)
+    uris = [f"s3://{s3_bucket}/{name}" for name in names]
+    etag = "39b3b1e0a2a9b7f8d3e2f4a5b6c7d8e9"
+    told = client.head_object(Bucket=s3_bucket, Key="same")["ETag"].strip('"')
+    found = fetch(uris, s3_server.storage_options, etags=[told] * 5, sizes=[7] * 5)
+    assert kinds(found) == [b"a photo", b"a photo", ErrorKind.CHANGED, ErrorKind.CHANGED, ErrorKind.CHANGED]
+    assert kinds(fetch(uris[:1], s3_server.storage_options, etags=[etag], sizes=[7])) == [ErrorKind.CHANGED]
+    # A limit below the size is no short body.
+    assert fetch(uris[:1], s3_server.storage_options, 3, etags=[told], sizes=[7]) == [b"a ph"]
+
+
+def test_stores_without_versions_are_held_to_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_BACKOFF_S", 0.01)
+    fsspec.filesystem("memory").pipe_file("/size/a.jpg", b"a photo")
+    found = [fetch(["memory://size/a.jpg"], sizes=[size])[0] for size in (7, 6, 8, None)]
+    assert kinds(found) == [b"a photo", ErrorKind.CHANGED, ErrorKind.CONNECTION, b"a photo"]
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 NAMES = ["plain.jpg", "two words.jpg", "50%.jpg", "100%25.jpg", "a#b.jpg", "a?b=c.jpg", "a+b&c.jpg", "[1].jpg"]
