@@ -160,7 +160,7 @@ def test_a_deleted_file(dest: Path, table: str, quick: bool) -> None:
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("table", ["embeddings", "scores", "manifest"])
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [0.0, 0.99])
 def test_a_truncated_file(dest: Path, table: str, keep: float, quick: bool) -> None:
     file = files(dest, table)[0]
     content = file.read_bytes()
