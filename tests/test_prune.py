@@ -174,7 +174,7 @@ def test_a_fold_that_was_cut_short_is_taken_up_again(
     def crash(*_: Any) -> None:
         raise OSError("pulled the plug")
 
-    for name in ("commit", "plan"):
+    for name in ("plan", "commit"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="plug"):
             patch.setattr(Destination, name, crash)
             pipeline.prune(dest.root, options, 0.0)
