@@ -65,6 +65,7 @@ def connect(address: str | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # one line of our own; Ray's dashboard has the details
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else what a stage raises is lost in one that does not say what it was
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ import io
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from benchmarks import fuzz
@@ -39,6 +41,41 @@ def poison(act: str) -> bytes:
     until there is one named `go`.
     """
     return _MAGIC + act.encode() + b"\n" + encode(quadrants(64, 48), "PNG")
+
+
+class SmallDevice(str):
+    """The name of a bundle; in the process that it gets to, encoders have a device for so many photos at once."""
+
+    rows: int
+
+    def __new__(cls, bundle: str, rows: int) -> SmallDevice:
+        name = super().__new__(cls, bundle)
+        name.rows = rows
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shrink_device, (str(self), self.rows)
+
+
+def _shrink_device(bundle: str, rows: int) -> str:
+    """In the worker: the device is small from here on."""
+    from picinspector.clip import ClipEncoder
+
+    ClipEncoder.encode = small(ClipEncoder.encode, rows)  # type: ignore[method-assign]
+    return bundle
+
+
+def small(encode: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """An encoder's or a captioner's method, with memory for no more than so many photos."""
+    import torch
+
+    def within(*arguments: Any, **more: Any) -> Any:
+        crops = next(argument for argument in arguments if isinstance(argument, np.ndarray))
+        if len(crops) > rows:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {len(crops)} photos.\nMore.")
+        return encode(*arguments, **more)
+
+    return within
 
 
 def examine(data: bytes, suffix: str) -> tuple[str, str, float, int]:

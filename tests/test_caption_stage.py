@@ -9,21 +9,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 
 from picinspector import bundle as bundles
 from picinspector import schema
 from picinspector.bundle import open_bundle
 from picinspector.captioner import Captioner
+from picinspector.errors import UsageError
 from picinspector.manifest import stat_uris
 from picinspector.photo import Limits
 from picinspector.stages import Batch
 from picinspector.stages import caption as stage
 from picinspector.stages.caption import Caption, describe, read_again
-from picinspector.stages.encode import Encode
+from picinspector.stages.encode import Encode, within_memory
 from picinspector.stages.read import caption_crop, crops_of, read_photos
 from picinspector.stages.score import Score
 from picinspector.wording import Facts, check, compose, parse
 from tests.bundles import tiny_bundle
+from tests.poison import small
 from training.ladders import png
 
 SOFT = Facts(
@@ -183,3 +186,43 @@ def test_the_caption_travels_to_the_scores(folder: Path, photos: list[str]) -> N
     assert scores.column("caption").to_pylist() == rows.column("caption").to_pylist()
     assert pc.count(scores.column("suggestions")).as_py() == 4
     assert all(len(row) <= 3 for row in scores.column("suggestions").drop_null().to_pylist())
+
+
+def test_a_batch_that_is_too_much_for_the_device_is_halved_once(
+    folder: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five photos one is none: four at once, then two and two."""
+    [column] = caption_crop(open_bundle(folder))
+    read = read_photos(stat_uris(photos), crops_of(open_bundle(folder), captions=True), Limits())
+    encode, describe_all = Encode(str(folder), keep=column), Caption(str(folder), column)
+    whole = encode(read)
+    captioned = describe_all(whole)
+    clip, captioner = encode._encoders[0], describe_all._captioner
+    with monkeypatch.context() as patch:
+        patch.setattr(clip, "encode", small(clip.encode, 2))
+        patch.setattr(captioner, "caption", small(captioner.caption, 2))
+        halved = encode(read)
+        assert describe_all(whole).equals(captioned), "the same photo, the same words"
+    assert halved.drop_columns(["clip_embedding"]).equals(whole.drop_columns(["clip_embedding"]))
+    both = [np.array(rows.column("clip_embedding").drop_null().to_pylist()) for rows in (whole, halved)]
+    assert (both[0] * both[1]).sum(axis=1) == pytest.approx(1.0, abs=2e-3), "cosine of each with itself"
+    with monkeypatch.context() as patch:
+        patch.setattr(clip, "encode", small(clip.encode, 1))
+        patch.setattr(captioner, "caption", small(captioner.caption, 1))
+        with pytest.raises(UsageError, match=r"memory with 4 photos at once, and with 2: lower --batch-size") as caught:
+            encode(read)
+        assert "\n" not in str(caught.value) and "Tried to allocate 2 photos" in str(caught.value)
+        with pytest.raises(UsageError, match="let no other model share its GPU"):
+            describe_all(whole)
+
+
+def test_one_photo_that_is_too_much_for_the_device_is_not_tried_without_end() -> None:
+    asked = []
+
+    def work(part: slice) -> None:
+        asked.append(part)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(UsageError, match="buy more memory"):
+        within_memory(work, 1, "buy more memory")
+    assert len(asked) == 2

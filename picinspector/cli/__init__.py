@@ -19,6 +19,8 @@ from picinspector.cli.words import complain
 from picinspector.errors import PicInspectorError
 
 _INTERRUPTED = 130
+#: Ray Data appends to what a stage raised how often it was tried, and which of its settings to change.
+_RAYS_ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts.*", re.DOTALL)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PicInspectorError as error:
         # Ray wraps what a worker raised in a subclass whose text is a traceback; the cause has the one line.
         cause = getattr(error, "cause", error)
-        return complain(str(cause), cause.exit_code)
+        return complain(_one_line(cause), cause.exit_code)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own: usage, abort
             error.show()
@@ -43,11 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         cause = getattr(error, "cause", None) or error
-        reason = (str(cause).strip().splitlines() or [""])[-1]
+        reason = (_RAYS_ADVICE.sub("", str(cause)).strip().splitlines() or [""])[-1]
         # An actor that died while starting leaves nothing but its traceback's text.
         if found := re.match(r"picinspector\.errors\.(\w+): (.*)", reason):
             return complain(found[2], int(getattr(errors, found[1]).exit_code))
         return complain(f"{type(cause).__name__}: {reason} (PICINSPECTOR_DEBUG=1 shows where)", 1)
+
+
+def _one_line(error: BaseException) -> str:
+    return _RAYS_ADVICE.sub("", str(error)).partition("\n")[0]
 
 
 def entry_point() -> None:
