@@ -311,6 +311,8 @@ def _work_out(work: chains.Work, steps: Sequence[Callable[[], None]], held: leas
 
 
 def _prune(dest: Destination, options: Options, cutoff: datetime, held: lease.Lease) -> dict[str, Any]:
+    for run_id in retention.half_removed(dest):
+        retention.remove(dest, run_id)
     found = retention.survey(dest, cutoff)
     report = retention.describe(found)
     if found is None:

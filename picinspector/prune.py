@@ -24,6 +24,7 @@ _SMALL_FILE_ROWS = 4096
 #: ... and one of which this share is superseded.
 _DEAD_SHARE = 0.25
 _SHARD_ROWS = 100_000
+_REMOVED = "removed.json"
 _TABLES: tuple[TableName, ...] = ("embeddings", "scores", "gone")
 
 #: What a run that folds has to do: which row of each table to copy.
@@ -153,11 +154,18 @@ def fold_marks(dest: Destination, found: Survey) -> pa.Table | None:
 
 
 def remove(dest: Destination, run_id: str) -> None:
-    """Remove a superseded run. Its record goes last: a removal that was cut short is taken up again."""
+    """Remove a superseded run: uncommit it, under a mark by which `half_removed` finds it, then all it wrote."""
+    dest.write_json(f"{dest.run_path(run_id)}/{_REMOVED}", {"run_id": run_id})
+    for name in ("run.json", "plan.json"):
+        dest.delete(f"{dest.run_path(run_id)}/{name}")
     for table in _TABLES:
         dest.delete(dest.table_path(table, run_id))
-    dest.delete(dest.manifest_path(run_id))
     dest.delete(dest.run_path(run_id))
+
+
+def half_removed(dest: Destination) -> list[str]:
+    """Runs whose removal was cut short."""
+    return [run_id for run_id in dest.uncommitted() if dest.filesystem.exists(f"{dest.run_path(run_id)}/{_REMOVED}")]
 
 
 def describe(found: Survey | None) -> dict[str, Any]:

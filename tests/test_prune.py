@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,8 +35,8 @@ def write(dest: Destination, night: int, library: dict[str, str], gone: dict[str
     run_id = night_id(night)
     rows = [
         {
-            "image_id": image_id(uri, etag), "uri": uri, "etag": etag, "quality_score": float(night % 10), "scene": "night",
-            "scorer_kind": "lightgbm", "scorer_fingerprint": "s", "encoder_fingerprint": "e",
+            "image_id": image_id(uri, etag), "uri": uri, "etag": etag, "quality_score": float(night % 10),
+            "scene": "night", "scorer_kind": "lightgbm", "scorer_fingerprint": "s", "encoder_fingerprint": "e",
             "clip_embedding": [np.float16(night / 8)] * DIM, "dinov2_embedding": [np.float16(1)] * DIM,
         }
         for uri, etag in library.items()
@@ -183,8 +184,16 @@ def test_a_fold_that_was_cut_short_is_taken_up_again(
         patch.setattr(prune, "remove", crash)
         pipeline.prune(dest.root, options, 0.0)
     assert state(dest) == before
+    [first, *_] = [record["run_id"] for record in dest.runs()]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="plug"):
+        patch.setattr(Destination, "delete", crash)
+        prune.remove(dest, first)
+    os.unlink(f"{dest.run_path(first)}/run.json")  # noqa: PTH108
+    assert dest.uncommitted() == [first]
     pipeline.prune(dest.root, options, 0.0)
     assert state(dest) == before
+    assert dest.uncommitted() == []
+    assert not dest.files_of("embeddings", [first])
     kinds = [record["kind"] for record in dest.runs()]
     assert kinds.count("fold") == 1 and len(kinds) <= 2
 
