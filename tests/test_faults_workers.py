@@ -53,16 +53,6 @@ def check_rows(root: Path, record: dict[str, Any]) -> dict[str, str | None]:
     return kinds
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-    """The first answer that is true."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.05)
-    raise TimeoutError(f"nothing within {timeout_s:g} s")
-
-
 def titled(title: str) -> list[int]:
     """This session's Ray workers that call themselves so."""
     found = []
@@ -102,6 +92,15 @@ class Run(threading.Thread):
         (self._root / "go").touch()
         self.join(TIMEOUT_S)
 
+    def wait_for(self, what: Callable[[], Any]) -> Any:
+        """The first answer that is true while this goes on."""
+        end = time.monotonic() + TIMEOUT_S
+        while self.is_alive() and time.monotonic() < end:
+            if found := what():
+                return found
+            time.sleep(0.05)
+        raise TimeoutError(f"not seen before the run ended, or within {TIMEOUT_S:g} s") from self.failure
+
     def result(self) -> dict[str, Any]:
         self.join(TIMEOUT_S)
         assert not self.is_alive(), "the run hangs"
@@ -131,14 +130,14 @@ def test_photos_that_kill_their_worker_become_rows(tmp_path: Path, tiny: Path) -
 def test_a_reader_and_an_encoder_that_are_killed_cost_nobody_their_row(tmp_path: Path, tiny: Path) -> None:
     make_library(tmp_path / "library", {20: f"hold {tmp_path}"})
     with Run(tmp_path, tiny) as run:
-        [reader] = wait_for(lambda: held(tmp_path))
+        [reader] = run.wait_for(lambda: held(tmp_path))
         os.kill(reader, signal.SIGKILL)
         # Its batch was in the middle: it is tried again, and comes to the photo that waits once more.
-        [_, child] = wait_for(lambda: held(tmp_path)[1:] and held(tmp_path))
+        [_, child] = run.wait_for(lambda: held(tmp_path)[1:] and held(tmp_path))
         assert child != reader
-        [encoder] = wait_for(lambda: titled(ENCODER))
+        [encoder] = run.wait_for(lambda: titled(ENCODER))
         os.kill(encoder, signal.SIGKILL)
-        wait_for(lambda: [pid for pid in titled(ENCODER) if pid != encoder])
+        run.wait_for(lambda: [pid for pid in titled(ENCODER) if pid != encoder])
         assert run.is_alive() and not (tmp_path / "go").exists()
     record = run.result()
     assert set(check_rows(tmp_path, record).values()) == {None}, "blamed for what others did"
@@ -188,11 +187,11 @@ def lose_a_node(root: Path, tiny: Path) -> dict[str, Any]:
     }
     try:
         with Run(root, tiny, cluster.address, 2) as run:
-            wait_for(lambda: held(root))
-            encoder = wait_for(lambda: titled(ENCODER))[0]
+            run.wait_for(lambda: held(root))
+            encoder = run.wait_for(lambda: titled(ENCODER))[0]
             [raylet] = {parent.pid for parent in psutil.Process(encoder).parents()} & nodes.keys()
             cluster.remove_node(nodes[raylet], allow_graceful=False)
-            wait_for(lambda: [pid for pid in titled(ENCODER) if pid != encoder])
+            run.wait_for(lambda: [pid for pid in titled(ENCODER) if pid != encoder])
             assert run.is_alive() and not (root / "go").exists()
         return run.result()
     finally:
