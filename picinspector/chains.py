@@ -49,13 +49,11 @@ class Work:
         dest: where its tables go.
         record: its record, to which the chains add `seconds`, `stages` and rates.
         options: with which it works.
-        source: the column of its manifest that names the run of the stored row to work on; None where it reads photos.
     """
 
     dest: Destination
     record: dict[str, Any]
     options: runs.Options
-    source: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -109,7 +107,7 @@ def caption(work: Work, bundle: Bundle) -> None:
 
     def chain(shards: list[str], rows: int, report: Reporter) -> None:
         pools = _pools(work, rows, captions=True)
-        for stored in _stored(work, "embeddings", shards, None):
+        for stored in _stored(work, "embeddings", shards, None, "source_run_id"):
             fresh = stored.map_batches(_with_caption_columns, batch_size=None, batch_format="pyarrow")
             photos = _read(fresh, pools, read_again, crops, work, report)
             described = _describe(photos, next(iter(crops)), pools, work, bundle, report)
@@ -118,11 +116,11 @@ def caption(work: Work, bundle: Bundle) -> None:
     _until_whole(work, "embeddings", "caption", chain)
 
 
-def score(work: Work, bundle: Bundle) -> None:
-    """Embeddings, this run's own or those its manifest names, to the scores table."""
+def score(work: Work, bundle: Bundle, source: str | None = None) -> None:
+    """Embeddings, this run's own or those that a column of its manifest, `source`, names, to the scores table."""
 
     def chain(shards: list[str], rows: int, report: Reporter) -> None:
-        for stored in _stored(work, "embeddings", shards, score_columns(bundle)):
+        for stored in _stored(work, "embeddings", shards, score_columns(bundle), source):
             scored = stored.map_batches(
                 Score,
                 fn_constructor_kwargs={
@@ -295,9 +293,9 @@ def _stored(
         table: of which table.
         shards: those of its manifest that are wanted.
         columns: those of them that are there; None reads all.
-        source: as `Work.source`, where it is another.
+        source: the column of its manifest that names the run of each row; None where they are this run's own.
     """
-    run_ids, filters = _choose(work, table, shards, source or work.source)
+    run_ids, filters = _choose(work, table, shards, source)
     for found, files in work.dest.of_one_schema(table, run_ids):
         names = [name for name in columns if name in found.names] if columns is not None else found.names
         rows = ray.data.read_parquet(

@@ -40,10 +40,10 @@ def choose(dest: Destination, choice: Choice, columns: Sequence[str] = tuple(sch
         raise UsageError("give best or worst, not both")
     if choice.where is not None and not choice.where.strip():
         raise UsageError("--where is empty; leave it out, or write it like \"scene = 'night' AND quality_score < 4\"")
-    latest = dest.latest("scores", schema.SCORES.names)
     count = choice.best if choice.best is not None else choice.worst
-    with duckdb.connect(config={"enable_external_access": False}) as connection:  # of the user: this table, no files
-        connection.register("latest", latest)
+    with database() as connection:
+        dest.load_latest(connection, "latest", "scores", schema.SCORES.names)
+        connection.execute("SET enable_external_access = false")  # the condition is the user's: this table, no files
         rows = connection.table("latest").filter("quality_score IS NOT NULL")
         try:
             if choice.where is not None:
@@ -65,8 +65,8 @@ def best(dest: Destination, count: int) -> list[dict[str, Any]]:
     Raises:
         UsageError: nothing has been scored into this destination.
     """
-    latest = dest.latest("scores", ["uri", "quality_score", "scene", "scorer_kind", "run_id"])
-    return _rows(latest, f"WHERE quality_score IS NOT NULL ORDER BY quality_score DESC, uri LIMIT {int(count)}")
+    columns = ["uri", "quality_score", "scene", "scorer_kind", "run_id"]
+    return _rows(dest, columns, f"WHERE quality_score IS NOT NULL ORDER BY quality_score DESC, uri LIMIT {int(count)}")
 
 
 def failures(dest: Destination) -> list[dict[str, Any]]:
@@ -75,11 +75,12 @@ def failures(dest: Destination) -> list[dict[str, Any]]:
     Raises:
         UsageError: nothing has been scored into this destination.
     """
-    latest = dest.latest("scores", ["uri", "error_kind", "error_message", "run_id"])
-    return _rows(latest, "WHERE error_kind IS NOT NULL ORDER BY error_kind, uri")
+    columns = ["uri", "error_kind", "error_message", "run_id"]
+    return _rows(dest, columns, "WHERE error_kind IS NOT NULL ORDER BY error_kind, uri")
 
 
-def _rows(latest: pa.Table, clauses: str) -> list[dict[str, Any]]:
-    with database(latest=latest) as connection:
+def _rows(dest: Destination, columns: Sequence[str], clauses: str) -> list[dict[str, Any]]:
+    with database() as connection:
+        dest.load_latest(connection, "latest", "scores", columns)
         found: list[dict[str, Any]] = connection.sql(f"SELECT * FROM latest {clauses}").to_arrow_table().to_pylist()
     return found

@@ -37,7 +37,7 @@ SCENE_PHOTOS = 100
 MOVED = 0.5
 
 #: Kinds of runs that score photos; others copy the scores there are.
-_SCORING = ("score", "rescore", "caption")
+_SCORING = ("score", "rescore", "caption", "fold")
 _VALUES = ("quality_score", *(f"attribute_{name}" for name in schema.ATTRIBUTES))
 _COLUMNS = ("uri", "image_id", "scorer_fingerprint", "scorer_kind", "scene", *_VALUES)
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -89,9 +89,9 @@ def compare(dest: Destination, run_a: str, run_b: str, count: int = 10) -> dict[
     Raises:
         UsageError: nothing was scored up to one of the runs.
     """
-    states = {side: dest.latest("scores", _COLUMNS, as_of=run_id) for side, run_id in (("a", run_a), ("b", run_b))}
-    with database(**states) as connection:
-        states.clear()  # the connection holds them; once joined, nobody needs them
+    with database() as connection:
+        for side, run_id in (("a", run_a), ("b", run_b)):
+            dest.load_latest(connection, side, "scores", _COLUMNS, as_of=run_id)
         _join(connection)
         [counts] = _rows(
             connection,
@@ -153,6 +153,9 @@ def run_pair(dest: Destination, given: Sequence[str] = ()) -> tuple[str, str]:
         UsageError: there are no such runs, or one beginning has several.
     """
     records = dest.runs()
+    # What was settled before the last fold is folded: only from there on states are as they were.
+    folded = max((record["run_id"] for record in records if record.get("kind") == "fold"), default="")
+    records = [record for record in records if record["run_id"] >= folded]
     run_ids = [record["run_id"] for record in records]
     if given:
         first, second = (_find(dest, run_ids, text) for text in given)

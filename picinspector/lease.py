@@ -81,7 +81,11 @@ class _Locked:
 def _lock(path: str, shown: str) -> Iterator[_Locked]:
     import fcntl  # not everywhere, and only a folder needs it
 
-    with open(path, "a+") as file:  # noqa: PTH123
+    try:
+        opened = open(path, "a+")  # noqa: PTH123, SIM115
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror}; check whose it is") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -128,7 +132,7 @@ class _StoreLease:
                 if now != seen:  # it lives
                     raise UsageError(_busy(self._shown, json.loads(now)["holder"]))
         self._number = last + 1
-        if not self._write(create=True):
+        if not self._write(create=True) or self._other() is not None:
             raise UsageError(_busy(self._shown, "it began just now"))
         for number in range(max(1, last - 1), last + 1):
             with contextlib.suppress(Exception):  # only tidiness
@@ -144,22 +148,28 @@ class _StoreLease:
 
     def check(self) -> None:
         """Raise StorageError if the lease is somebody else's by now, or may be."""
-        if not self._lost and self._last() != self._number:
-            self._lost = "another run has taken it over"
+        self._lost = self._lost or self._other() or ""
         if self._lost:
             raise StorageError(f"{self._shown}: this run lost its lease ({self._lost}); run the same command again")
 
     def _keep(self) -> None:
         while not self._stop.wait(self._ttl_s / _BEATS):
             try:
-                self._write()
-                if self._last() != self._number:
-                    self._lost = "another run has taken it over"
+                if self._last() == self._number:  # else it is no longer ours to write
+                    self._write()
+                self._lost = self._other() or ""
+                if self._lost:
                     return
             except Exception as error:  # a hiccup of the store; for longer than the lease lasts it is another's
                 if time.monotonic() - self._renewed > self._ttl_s:
                     self._lost = f"could not renew it: {to_photo_error(error).message}"
                     return
+
+    def _other(self) -> str | None:
+        """Why the lease is not ours: a higher number is there, or a store without conditions let two take this one."""
+        last = self._last()
+        mine = last == self._number and json.loads(self._read(last) or b"{}").get("token") == self._token
+        return None if mine else "another run has taken it over"
 
     def _path(self, number: int) -> str:
         return f"{self._folder}/{number:06d}.json"

@@ -52,6 +52,12 @@ def _check(what: str, source: pa.dataset.Scanner | None, expected: int) -> None:
         )
 
 
+def sources(dest: Destination, run_id: str, column: str) -> set[str]:
+    """The runs whose rows a run's manifest names in a column."""
+    with database(manifest=dest.scan_manifest(run_id, [column])) as connection:
+        return {str(row[0]) for row in connection.execute(f"SELECT DISTINCT {column} FROM manifest").fetchall()}
+
+
 def left(dest: Destination, table: TableName, run_id: str) -> tuple[list[str], int]:
     """What a run has still to write of a table, after a crash or from the start.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,6 @@ from picinspector.choice import Choice, choose
 from picinspector.errors import UsageError
 from picinspector.runs import Options as Options  # callers of the jobs fill it in
 from picinspector.stages.score import score_columns
-from picinspector.storage import is_local, local_path, redact
 from picinspector.tables import Destination
 
 #: What scoring stored embeddings loads.
@@ -39,11 +37,11 @@ def plan_score(library: str, destination: str, options: Options = Options()) -> 
     """What `score` would do, as counts; starts no cluster and writes nothing."""
     bundle = open_bundle(options.bundle)
     dest = Destination(destination, options.storage_options)
-    drawn = _draw_up(library, dest, bundle, options)
+    drawn = plan.draw_up(library, dest, bundle, options.storage_options, options.retry_failed, options.limit)
     for _ in drawn.shards():
         pass
     return {
-        "library": _name(library),
+        "library": plan.library_name(library),
         "destination": dest.url,
         "bundle": f"{bundle.name} {bundle.version}",
         "scorer_kind": bundle.scorer_kind,
@@ -125,7 +123,10 @@ def prune(
     """
     dest, cutoff = Destination(destination, options.storage_options), datetime.now(UTC) - timedelta(days=keep_days)
     if dry_run:
-        return retention.describe(retention.survey(dest, cutoff))
+        found = retention.survey(dest, cutoff)
+        return (
+            retention.describe(found.to_fold, found.after_folding) if found is not None else retention.describe([], [])
+        )
     with _only_here(dest) as held:
         return _prune(dest, options, cutoff, held)
 
@@ -169,41 +170,38 @@ class Session:
         """`pipeline.score`."""
         if self.options.captions:
             self._need_captioner()
-        options, name = self.options, _name(library)
+        options = self.options
         job = {"captions": options.captions, "limits": asdict(options.limits), "limit": options.limit}
-        job |= {"retry_failed": options.retry_failed}
-        finished = self._finish("score", job, name)
-        with self._planning("score", job, name) as record:
-            drawn = _draw_up(library, self.dest, self.bundle, options)
+
+        def draw(record: dict[str, Any], again: bool) -> None:
+            # What failed in the run that was just finished has had its try.
+            retry: plan.Retry = "none" if again else options.retry_failed
+            drawn = plan.draw_up(library, self.dest, self.bundle, options.storage_options, retry, options.limit)
             self.dest.write_manifest(record["run_id"], drawn.shards())
             record["counts"] |= drawn.counts
             # Without any mark an empty file, once: who reads the tables with SQL finds one to read.
             if drawn.marks or not self.dest.has("gone"):
                 marks = pa.concat_tables([schema.GONE.empty_table(), *drawn.marks])
                 self.dest.write_parquet(f"{self.dest.table_path('gone', record['run_id'])}/0.parquet", marks)
-        if finished is not None and not drawn.counts["to_do"] and not drawn.marks:
-            self.dest.delete(self.dest.run_path(record["run_id"]))
-            return finished
-        return self._carry_out(record)
+
+        once = options.limit is not None
+        return self._run("score", job | {"retry_failed": options.retry_failed}, plan.library_name(library), draw, once)
 
     def rescore(self) -> dict[str, Any]:
         """`pipeline.rescore`."""
-        finished = self._finish("rescore", {}, None)
-        with self._planning("rescore", {}, None) as record:
+
+        def draw(record: dict[str, Any], _: bool) -> None:
             counts: dict[str, int] = record["counts"]
             total = self.dest.write_manifest(record["run_id"], plan.stale(self.dest, self.bundle, counts))
-            counts |= {"unmodified": counts["listed"] - total, "to_do": total}
-        if finished is not None and not total:
-            self.dest.delete(self.dest.run_path(record["run_id"]))
-            return finished
-        return self._carry_out(record)
+            counts |= {"unmodified": counts["listed"] - counts["other_encoders"] - total, "to_do": total}
+
+        return self._run("rescore", {}, None, draw)
 
     def caption(self, choice: Choice) -> dict[str, Any]:
         """`pipeline.caption`."""
         self._need_captioner()
-        job = {"choice": asdict(choice), "limits": asdict(self.options.limits)}
-        finished = self._finish("caption", job, None)
-        with self._planning("caption", job, None) as record:
+
+        def draw(record: dict[str, Any], _: bool) -> None:
             counts: dict[str, int] = record["counts"]
             if count := sum(shard.num_rows for shard in plan.stale(self.dest, self.bundle, counts)):
                 raise UsageError(
@@ -213,10 +211,8 @@ class Session:
             rows = plan.uncaptioned(self.dest, choose(self.dest, choice, ["image_id"]), self.bundle)
             total = self.dest.write_manifest(record["run_id"], [rows] if rows.num_rows else [])
             counts |= {"unmodified": counts["listed"] - total, "to_do": total}
-        if finished is not None and not total:
-            self.dest.delete(self.dest.run_path(record["run_id"]))
-            return finished
-        return self._carry_out(record)
+
+        return self._run("caption", {"choice": asdict(choice), "limits": asdict(self.options.limits)}, None, draw)
 
     def has_another_scorer(self) -> bool:
         """True if these encoders' photos were scored last by another scorer than the bundle's."""
@@ -236,20 +232,75 @@ class Session:
     def _bundle_name(self) -> str:
         return f"bundle {self.bundle.name} {self.bundle.version}"
 
-    @contextlib.contextmanager
-    def _planning(self, kind: str, job: dict[str, Any], library: str | None) -> Iterator[dict[str, Any]]:
-        """A new run's record, to be filled in with what there is to do; written at the end of the block."""
-        started = time.monotonic()
-        record = runs.new_record(
-            self.dest.new_run_id(), kind, runs.describe_bundle(self.bundle), self.dest.url, library
-        )
+    def _run(
+        self,
+        kind: str,
+        job: dict[str, Any],
+        library: str | None,
+        draw: Callable[[dict[str, Any], bool], None],
+        once: bool = False,
+    ) -> dict[str, Any]:
+        """Finish the run that was cut short, if it was of this command; then plan one, and carry it out.
+
+        Args:
+            kind: of the run.
+            job: what it was told, by which it is known again.
+            library: its name, where it has one.
+            draw: writes the manifest and fills in the record's counts; told whether a run was just finished.
+            once: whether a run that was finished is all there is to do.
+        """
+        job = self._job(kind, job, library)
+        finished = self._finish(job)
+        if finished is not None and once:
+            return finished
+        record = self._plan(kind, job, library, draw, finished)
+        self._carry_out(record)
+        return finished if finished is not None and not record["counts"]["to_do"] else record
+
+    def _job(self, kind: str, job: dict[str, Any], library: str | None) -> dict[str, Any]:
+        """What makes a command the same command."""
+        bundle = {name: getattr(self.bundle, f"{name}_fingerprint") for name in ("encoder", "scorer")}
+        if self.bundle.has("captioner"):
+            bundle["caption"] = self.bundle.caption_fingerprint
+        return {"kind": kind, "library": library, "bundle": bundle, **job}
+
+    def _finish(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """Finish the run that was cut short, if it was this job's and what it works on is still there."""
+        record = self.dest.cut_short()
+        if record is None or record.get("job") != job or not self._has_sources(record):
+            return None
+        logs.set_run(record["run_id"])
+        record["times_resumed"] = record.get("times_resumed", 0) + 1
+        self.dest.plan(record)
+        self._carry_out(record)
+        return record
+
+    def _has_sources(self, record: dict[str, Any]) -> bool:
+        if record["kind"] == "score" or not record["counts"]["to_do"]:
+            return True
+        committed = {run["run_id"] for run in self.dest.runs()}
+        return ledger.sources(self.dest, record["run_id"], "source_run_id") <= committed
+
+    def _plan(
+        self,
+        kind: str,
+        job: dict[str, Any],
+        library: str | None,
+        draw: Callable[[dict[str, Any], bool], None],
+        finished: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """A new run's record, planned and written down."""
+        started, bundle = time.monotonic(), runs.describe_bundle(self.bundle)
+        record = runs.new_record(self.dest.new_run_id(), kind, bundle, self.dest.url, library)
         logs.set_run(record["run_id"])
         logs.event("run_started", kind=kind, library=library, destination=self.dest.url)
-        record["job"] = self._job(kind, job, library)
+        libraries = {*plan.libraries_of(self.dest), *([library] if library else [])}
+        record |= {"job": job, "libraries": sorted(libraries)}
+        if finished is not None:
+            record["finished"] = {"run_id": finished["run_id"], "counts": finished["counts"]}
         try:
-            yield record
-            if record["counts"]["to_do"]:
-                ledger.check_manifest(self.dest, record["run_id"], record["counts"]["to_do"])
+            draw(record, finished is not None)
+            ledger.check_manifest(self.dest, record["run_id"], record["counts"]["to_do"])
         except BaseException:
             with contextlib.suppress(Exception):  # tidiness: nobody would look at it, or resume it
                 self.dest.delete(self.dest.run_path(record["run_id"]))
@@ -258,36 +309,19 @@ class Session:
         record["seconds"]["list"] = time.monotonic() - started
         self.dest.plan(record)
         logs.event("planned", **record["counts"])
-
-    def _job(self, kind: str, job: dict[str, Any], library: str | None) -> dict[str, Any]:
-        """What makes a command the same command: it may finish a run that was cut short."""
-        bundle = {name: getattr(self.bundle, f"{name}_fingerprint") for name in ("encoder", "scorer")}
-        if self.bundle.has("captioner"):
-            bundle["caption"] = self.bundle.caption_fingerprint
-        return {"kind": kind, "library": library, "bundle": bundle, **job}
-
-    def _finish(self, kind: str, job: dict[str, Any], library: str | None) -> dict[str, Any] | None:
-        """Finish the run that was cut short, if it was this command's; its record, else None."""
-        record = self.dest.cut_short()
-        if record is None or record.get("job") != self._job(kind, job, library):
-            return None
-        logs.set_run(record["run_id"])
-        record["times_resumed"] = record.get("times_resumed", 0) + 1
-        self.dest.plan(record)
-        return self._carry_out(record)
-
-    def _carry_out(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Work out a planned run's tables and commit it."""
-        steps, source = _STEPS[record["kind"]]
-        work = chains.Work(self.dest, record, self.options, source)
-        _work_out(work, [functools.partial(step, work, self.bundle) for step in steps], self.lease)
         return record
 
+    def _carry_out(self, record: dict[str, Any]) -> None:
+        """Work out a planned run's tables and commit it."""
+        work = chains.Work(self.dest, record, self.options)
+        _work_out(work, [functools.partial(step, work, self.bundle) for step in _STEPS[record["kind"]]], self.lease)
 
-_STEPS: dict[str, tuple[tuple[Callable[[chains.Work, Bundle], None], ...], str | None]] = {
-    "score": ((chains.embed, chains.score), None),
-    "rescore": ((chains.score,), "source_run_id"),
-    "caption": ((chains.caption, chains.score), "source_run_id"),
+
+#: Rescoring works on the stored rows that its manifest names; scoring after captions on those that the captions made.
+_STEPS: dict[str, tuple[Callable[[chains.Work, Bundle], None], ...]] = {
+    "score": (chains.embed, chains.score),
+    "rescore": (functools.partial(chains.score, source="source_run_id"),),
+    "caption": (chains.caption, chains.score),
 }
 
 
@@ -296,6 +330,7 @@ def _work_out(work: chains.Work, steps: Sequence[Callable[[], None]], held: leas
     dest, record, started = work.dest, work.record, time.monotonic()
     if work.total:
         for step in steps:
+            held.check()
             step()
     record["seconds"]["total"] = record["seconds"]["list"] + time.monotonic() - started
     run_id, unread = record["run_id"], {}  # type: str, dict[str, int]
@@ -314,15 +349,18 @@ def _prune(dest: Destination, options: Options, cutoff: datetime, held: lease.Le
     for run_id in retention.half_removed(dest):
         retention.remove(dest, run_id)
     found = retention.survey(dest, cutoff)
-    report = retention.describe(found)
     if found is None:
-        return report
-    if found.to_fold:
+        return retention.describe([], [])
+    folded = found.to_fold
+    for run_id in retention.abandoned_folds(dest, found):
+        retention.remove(dest, run_id)
+    if folded:
         _fold(dest, options, found, held)
         found = retention.survey(dest, cutoff) or found
     for run in found.superseded:
         held.check()
         retention.remove(dest, run.run_id)
+    report = retention.describe(folded, found.superseded)
     logs.event("pruned", **report)
     return report
 
@@ -331,25 +369,13 @@ def _fold(dest: Destination, options: Options, found: retention.Survey, held: le
     """Copy the newest rows of the runs to fold into one; again from where it was cut short."""
     record = dest.planned(found.fold_id)
     if record is None:
-        for table in ("embeddings", "scores", "gone"):
-            dest.delete(dest.table_path(table, found.fold_id))
-        dest.delete(dest.run_path(found.fold_id))
         [last] = [record for record in dest.runs() if record["run_id"] == found.runs[-1].run_id]
         record = runs.new_record(found.fold_id, "fold", last.get("bundle"), dest.url, None)
-        record["seconds"]["list"], record["job"] = 0.0, {"kind": "fold"}
-        record["folded"] = [run.run_id for run in found.to_fold]
+        record["seconds"]["list"] = 0.0
+        record |= {"job": found.fold_job, "libraries": plan.libraries_of(dest)}
         record["counts"]["to_do"] = dest.write_manifest(found.fold_id, retention.fold(dest, found))
         if (marks := retention.fold_marks(dest, found)) is not None:
             dest.write_parquet(f"{dest.table_path('gone', found.fold_id)}/0.parquet", marks)
         dest.plan(record)
     work = chains.Work(dest, record, options)
     _work_out(work, [functools.partial(chains.copy, work)], held)
-
-
-def _name(library: str) -> str:
-    """A library's name for records: the same wherever the command is run, and without secrets."""
-    return os.path.abspath(local_path(library)) if is_local(library) else redact(library)  # noqa: PTH100
-
-
-def _draw_up(library: str, dest: Destination, bundle: Bundle, options: Options) -> plan.Plan:
-    return plan.draw_up(library, dest, bundle, options.storage_options, options.retry_failed, options.limit)

@@ -16,7 +16,7 @@ from picinspector import schema
 from picinspector.bundle import Bundle
 from picinspector.errors import TRANSIENT_KINDS, UsageError
 from picinspector.manifest import is_list, list_library
-from picinspector.storage import is_local, open_filesystem, redact, to_uri
+from picinspector.storage import is_local, local_path, open_filesystem, redact, to_uri
 from picinspector.tables import GONE, Destination, database
 
 #: Which failed photos are done again: those whose failure may pass by itself, all, or none.
@@ -75,8 +75,7 @@ class Plan:
                 raise UsageError("no photos there; looked for the file names of photos")
             work = sum(self.counts[name] for name in _WORK) + self.counts["left_for_later"]
             self.counts["unmodified"] = self.counts["listed"] - work
-            if self.counts["unmodified"]:
-                self._check_scorer(connection, run_ids)
+            self._check_scorer(connection, run_ids)
 
     def _sort(self, found: pa.Table) -> Iterator[pa.Table]:
         status = found.column("status")
@@ -100,8 +99,8 @@ class Plan:
             yield work.select(schema.MANIFEST.names).cast(schema.MANIFEST)
 
     def _check_scorer(self, connection: duckdb.DuckDBPyConnection, run_ids: list[str]) -> None:
-        """Raise UsageError if photos that need no encoding have another scorer's scores."""
-        if self.dest.scorers() == {self.bundle.scorer_fingerprint}:
+        """Raise UsageError if photos of these encoders have another scorer's scores, in whatever library they are."""
+        if self.dest.scorers() <= {self.bundle.scorer_fingerprint}:
             return
         connection.register("scores", self.dest.scan("scores", run_ids, ["image_id", "scorer_fingerprint", "run_id"]))
         other = connection.execute(
@@ -211,14 +210,26 @@ def _inside(library: str, dest: Destination, options: Mapping[str, Any] | None) 
     What lies under a prefix does. Of a list nobody can tell, unless nothing else was ever scored into the destination.
     """
     if is_list(library):
-        libraries = {record.get("library") for record in dest.runs() if record.get("kind") == "score"}
-        return "true" if libraries <= {redact(library)} else "false"
+        return "true" if set(libraries_of(dest)) <= {library_name(library)} else "false"
     filesystem, path = open_filesystem(library, options)
     roots = {to_uri(filesystem, path).rstrip("/")}
     if is_local(library):
         roots.add(Path(os.fsdecode(path)).as_uri().rstrip("/"))  # of names that are not UTF-8
     tests = [f"uri = {_quote(root)} OR starts_with(uri, {_quote(root + '/')})" for root in sorted(roots)]
     return f"({' OR '.join(tests)})"
+
+
+def library_name(library: str) -> str:
+    """A library's name for records: the same wherever the command is run, and without secrets."""
+    return os.path.abspath(local_path(library)) if is_local(library) else redact(library)  # noqa: PTH100
+
+
+def libraries_of(dest: Destination) -> list[str]:
+    """All libraries that were ever scored into a destination: each record has those of the records before it."""
+    names: set[str] = set()
+    for record in dest.runs():
+        names |= {*record.get("libraries", ()), *([record["library"]] if record.get("library") else ())}
+    return sorted(names)
 
 
 def _quote(text: str) -> str:
@@ -237,10 +248,11 @@ def stale(dest: Destination, bundle: Bundle, counts: dict[str, int]) -> Iterator
     Args:
         dest: where they are.
         bundle: whose scorer counts.
-        counts: gets `listed`, the photos there, before the first row comes.
+        counts: gets `listed`, the photos there, and `other_encoders`, those of them that only `score` can bring up to
+            date, before the first row comes.
 
     Raises:
-        UsageError: nothing is there, or other encoders made it.
+        UsageError: nothing is there, or other encoders made all of it.
     """
     run_ids = [record["run_id"] for record in dest.runs()]
     keys = dest.scan("embeddings", run_ids, ["uri", "image_id", "encoder_fingerprint", "error_kind", "run_id"])
@@ -261,11 +273,13 @@ def stale(dest: Destination, bundle: Bundle, counts: dict[str, int]) -> Iterator
         counts["listed"], good, others = connection.execute(
             "SELECT count(*), count(*) FILTER (good), count(*) FILTER (other) FROM newest"
         ).fetchall()[0]
-        if others:
+        counts["other_encoders"] = others
+        if others and others == good:
             raise UsageError(
                 f"{dest.url}: {others} of {good} photos were embedded by other encoders than those of bundle "
                 f"{bundle.name} {bundle.version}; run `picinspector score` with this bundle first"
             )
+        connection.execute("DELETE FROM newest WHERE other")
         connection.execute(
             "DELETE FROM newest WHERE image IN (SELECT image_id::UUID FROM scores GROUP BY 1 "
             f"HAVING arg_max(scorer_fingerprint, run_id::VARCHAR) = '{bundle.scorer_fingerprint}')"

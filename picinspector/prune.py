@@ -17,12 +17,14 @@ from typing import Any
 import pyarrow as pa
 
 from picinspector import schema
-from picinspector.tables import Destination, TableName, database, time_of
+from picinspector.tables import GONE, Destination, TableName, database, time_of
 
 #: A run with fewer rows a file is folded, if there are several files of that kind in all ...
 _SMALL_FILE_ROWS = 4096
 #: ... and one of which this share is superseded.
 _DEAD_SHARE = 0.25
+#: Copying fewer of them wins nothing.
+_FEW_FILES = 8
 _SHARD_ROWS = 100_000
 _REMOVED = "removed.json"
 _TABLES: tuple[TableName, ...] = ("embeddings", "scores", "gone")
@@ -40,6 +42,7 @@ class RunState:
     Attributes:
         run_id: its id.
         rows, newest: of all its tables: how many, and how many of them are the newest of their photo.
+        dead_share: of its embeddings, or of its scores where it has no embeddings, those that are not.
         files: of its embeddings and scores.
         size_bytes: of all its tables.
     """
@@ -47,6 +50,7 @@ class RunState:
     run_id: str
     rows: int = 0
     newest: int = 0
+    dead_share: float = 0.0
     files: int = 0
     size_bytes: int = 0
 
@@ -73,15 +77,24 @@ class Survey:
         """Runs whose newest rows belong into fewer files, or away from their dead."""
         alive = [run for run in self.runs if run.newest and run.files]
         small = [run for run in alive if run.rows < _SMALL_FILE_ROWS * run.files]
-        mostly_dead = [run for run in alive if run.rows - run.newest >= _DEAD_SHARE * run.rows]
-        if sum(run.files for run in small) <= 2 * len(_TABLES):  # nothing to win
+        if sum(run.files for run in small) < _FEW_FILES:
             small = []
-        return [run for run in alive if run in small or run in mostly_dead]
+        return [run for run in alive if run in small or run.dead_share >= _DEAD_SHARE]
+
+    @property
+    def after_folding(self) -> list[RunState]:
+        """Runs that will be superseded once folding is done."""
+        return [*self.superseded, *(run for run in self.to_fold if run.run_id != self.fold_id)]
 
     @property
     def fold_id(self) -> str:
         """The id of the run that folds: right behind the last settled run, before all that came later."""
         return f"{self.runs[-1].run_id}.fold"
+
+    @property
+    def fold_job(self) -> dict[str, Any]:
+        """What the run that folds is to do: by it one that was cut short is known again."""
+        return {"kind": "fold", "runs": [run.run_id for run in self.to_fold], "of": [run.run_id for run in self.runs]}
 
 
 def survey(dest: Destination, cutoff: datetime) -> Survey | None:
@@ -94,7 +107,12 @@ def survey(dest: Destination, cutoff: datetime) -> Survey | None:
     for table in _TABLES:
         for run_id, newest, rows in _newest_by_run(dest, table, settled):
             state = states[run_id]
-            states[run_id] = replace(state, rows=state.rows + rows, newest=state.newest + newest)
+            dead = (
+                1 - newest / rows
+                if table == "embeddings" or (table == "scores" and not state.rows)
+                else state.dead_share
+            )
+            states[run_id] = replace(state, rows=state.rows + rows, newest=state.newest + newest, dead_share=dead)
         for path in dest.files_of(table, settled):
             run_id = path.rsplit("/", 2)[-2].removeprefix("run_id=")
             state, counted = states[run_id], table != "gone"
@@ -145,12 +163,26 @@ def fold(dest: Destination, found: Survey) -> Iterator[pa.Table]:
 
 
 def fold_marks(dest: Destination, found: Survey) -> pa.Table | None:
-    """The newest marks that runs to fold made; None if there are none."""
-    marks = dest.marks([run.run_id for run in found.runs])
+    """Marks for the run that folds: of photos whose row or newest mark it takes over, whether they are gone.
+
+    A row that moves behind its mark would come back otherwise, and one that is there beside an old mark would vanish.
+    """
+    settled, folded = [run.run_id for run in found.runs], pa.table({"run_id": [run.run_id for run in found.to_fold]})
+    marks = dest.marks(settled)
     if marks is None:
         return None
-    mine = marks.filter(pa.compute.is_in(marks.column("run_id"), pa.array([run.run_id for run in found.to_fold])))
-    return mine.select(schema.GONE.names).cast(schema.GONE) if mine.num_rows else None
+    rows = dest.scan("embeddings", settled, ["uri", "image_id", "run_id"])
+    scores = dest.scan("scores", settled, ["uri", "run_id"])
+    with database(rows=rows, scores=scores, marks=marks, folded=folded) as connection:
+        taken = connection.sql(
+            "WITH newest AS (SELECT md5_number(uri) AS key, arg_max(image_id, run_id::VARCHAR) AS image_id, "
+            "max(run_id::VARCHAR) AS run_id FROM rows GROUP BY 1), "
+            "scored AS (SELECT md5_number(uri) AS key, max(run_id::VARCHAR) AS scored_in FROM scores GROUP BY 1) "
+            f"SELECT newest.image_id, {GONE.format('newest')} AS gone, marks.scorer_fingerprint "
+            "FROM newest JOIN scored USING (key) JOIN marks ON newest.image_id = marks.image_id "
+            "WHERE newest.run_id IN (FROM folded) OR scored_in IN (FROM folded) OR marks.run_id IN (FROM folded)"
+        ).to_arrow_table()
+    return taken.cast(schema.GONE) if taken.num_rows else None
 
 
 def remove(dest: Destination, run_id: str) -> None:
@@ -168,16 +200,18 @@ def half_removed(dest: Destination) -> list[str]:
     return [run_id for run_id in dest.uncommitted() if dest.filesystem.exists(f"{dest.run_path(run_id)}/{_REMOVED}")]
 
 
-def describe(found: Survey | None) -> dict[str, Any]:
-    """What pruning would do, for a person and a record."""
-    if found is None:
-        return {"runs_folded": 0, "files_folded": 0, "runs_removed": 0, "rows_removed": 0, "bytes_removed": 0}
-    folded = found.to_fold
-    removed = [*found.superseded, *(run for run in folded if run.run_id != found.last)]
+def abandoned_folds(dest: Destination, found: Survey) -> list[str]:
+    """Folds that were cut short and are not the one to do now: they hold copies, as large as the embeddings."""
+    ids = [run_id for run_id in dest.uncommitted() if run_id.endswith(".fold")]
+    plans = {run_id: dest.planned(run_id) for run_id in ids}
+    return [run_id for run_id, plan in plans.items() if plan is None or plan["job"] != found.fold_job]
+
+
+def describe(folded: Sequence[RunState], removed: Sequence[RunState]) -> dict[str, Any]:
+    """What pruning did, or would do, for a person and a record. Bytes are those of the runs removed, not net."""
     return {
         "runs_folded": len(folded),
         "files_folded": sum(run.files for run in folded),
         "runs_removed": len(removed),
-        "rows_removed": sum(run.rows - run.newest for run in removed),
-        "bytes_removed": sum(run.size_bytes for run in found.superseded),
+        "bytes_removed": sum(run.size_bytes for run in removed),
     }

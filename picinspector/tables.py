@@ -88,9 +88,12 @@ class Destination:
     """
 
     def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
+        self.local = is_local(os.fspath(url))
+        if os.fspath(url).startswith(("s3://", "s3a://")):
+            # s3fs reads 50 MB ahead of every column otherwise: planning would fetch the embeddings it does not look at.
+            options = {**(options or {}), "default_cache_type": "none"}
         self.filesystem, root = open_filesystem(url, options)
         self.root = root.rstrip("/")
-        self.local = is_local(os.fspath(url))
         self.writer = WholeFileSystem() if self.local else self.filesystem
         self.url = self.root if self.local else redact(os.fspath(url))
 
@@ -226,7 +229,12 @@ class Destination:
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all in it; nothing where it is not there."""
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.rm(path, recursive=True)
+            if self.local:
+                self.filesystem.rm(path, recursive=True)
+                return
+            self.filesystem.invalidate_cache()
+            # By name: `rm` of some stores takes a `[` or a `*` in a path for a pattern.
+            _in_threads(self.filesystem.rm_file, self.filesystem.find(path))
 
     def listed(self, folder: str) -> list[str]:
         """Paths of the files and folders in a folder; none if it is not there."""
@@ -268,11 +276,10 @@ class Destination:
             UsageError: no file has one of them.
         """
         fields = {field.name: field for field in (*self._schema(files[-1]), run)}
-        for file in reversed(files[:-1]):
-            if fields.keys() >= set(columns):
-                break
-            found = self._schema(file)
-            fields |= {name: found.field(name) for name in columns if name not in fields and name in found.names}
+        if not fields.keys() >= set(columns):
+            one_of_each_run = list({os.path.dirname(file): file for file in files}.values())  # noqa: PTH120
+            for found in reversed(_in_threads(self._schema, one_of_each_run)):
+                fields |= {name: found.field(name) for name in columns if name not in fields and name in found.names}
         if missing := sorted(set(columns) - fields.keys()):
             raise UsageError(f"{self.url}: an older version wrote these tables, without {missing[0]}: score them again")
         return pa.schema(list(fields.values()))
@@ -299,17 +306,35 @@ class Destination:
         Raises:
             UsageError: no committed run has written this table here.
         """
+        with database() as connection:
+            self.load_latest(connection, "latest", table, columns, as_of)
+            return connection.table("latest").to_arrow_table()
+
+    def load_latest(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        name: str,
+        table: TableName,
+        columns: Sequence[str],
+        as_of: str | None = None,
+    ) -> None:
+        """`latest` as a table of this name in a `database`, on disk, however many photos there are."""
         run_ids = [record["run_id"] for record in self.runs() if as_of is None or record["run_id"] <= as_of]
         source = self.scan(table, run_ids, [*dict.fromkeys([*columns, "uri", "image_id", "run_id"])])
         if source is None:
             raise UsageError(f"{self.url}: no committed {table} here; run `picinspector score` into it first")
         marks = self.marks(run_ids)
-        names = ", ".join(f'newest."{name}"' for name in columns)
-        with database(source=source, marks=marks) as connection:
-            newest = "SELECT * FROM source QUALIFY row_number() OVER (PARTITION BY uri ORDER BY run_id DESC) = 1"
-            hidden = "" if marks is None else "LEFT JOIN marks USING (image_id) WHERE NOT " + GONE.format("newest")
-            rows = connection.sql(f"SELECT {names} FROM ({newest}) newest {hidden}").to_arrow_table()
-        return _plain(rows)
+        connection.register("source", source)
+        names = ", ".join(
+            "newest.run_id::VARCHAR AS run_id" if name == "run_id" else f'newest."{name}"' for name in columns
+        )
+        newest = "SELECT * FROM source QUALIFY row_number() OVER (PARTITION BY uri ORDER BY run_id::VARCHAR DESC) = 1"
+        hidden = ""
+        if marks is not None:
+            connection.register("marks", marks)
+            hidden = "LEFT JOIN marks USING (image_id) WHERE NOT " + GONE.format("newest")
+        connection.execute(f"CREATE TABLE {name} AS SELECT {names} FROM ({newest}) newest {hidden}")
+        connection.unregister("source")
 
     def marks(self, run_ids: Sequence[str]) -> pa.Table | None:
         """The newest mark of each image that left the library or came back: image_id, gone, scorer_fingerprint, run_id.
@@ -341,8 +366,9 @@ class Destination:
 
         def is_damaged(file: str) -> bool:
             try:
-                self.rows_in([file])
-            except (OSError, pa.ArrowInvalid):
+                with self.filesystem.open(file, "rb") as opened:
+                    pa.parquet.read_metadata(opened)
+            except pa.ArrowInvalid:  # what a store raises says nothing of the file
                 return True
             return False
 

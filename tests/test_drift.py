@@ -242,11 +242,15 @@ def test_numbers_that_are_none_count_as_no_score(dest: Destination) -> None:
 def test_the_two_newest_runs_that_scored(dest: Destination) -> None:
     with pytest.raises(UsageError, match="0 committed runs wrote scores here"):
         run_pair(dest)
-    for run_id, rows, kind in (("r1", 2, "score"), ("r2", 0, "score"), ("r3", 1, "rescore"), ("r4", 2, "fold")):
+    for run_id, rows, kind in (("r1", 2, "score"), ("r2", 0, "score"), ("r3", 1, "rescore"), ("r4", 2, "caption")):
         write(dest, run_id, [row(f"/{number}", 5) for number in range(rows)], kind)
     write(dest, "r5", [])
     dest.write_parquet(f"{dest.table_path('scores', 'r6')}/0.parquet", pa.table({"uri": ["/uncommitted"]}))
-    assert run_pair(dest) == ("r1", "r3")
+    assert run_pair(dest) == ("r3", "r4")
+    write(dest, "r2.fold", [row("/0", 5)], "fold")  # what was before is no state any more
+    assert run_pair(dest) == ("r3", "r4")
+    with pytest.raises(UsageError, match="no committed run begins with 'r1'"):
+        run_pair(dest, ["r1", "r4"])
 
 
 def test_runs_by_their_beginnings(dest: Destination) -> None:

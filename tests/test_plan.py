@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from picinspector import schema
 from picinspector.bundle import Bundle
 from picinspector.errors import UsageError
 from picinspector.manifest import image_id
-from picinspector.plan import Plan, Retry, _inside, stale
+from picinspector.plan import Plan, Retry, _inside, libraries_of, stale
 from picinspector.tables import Destination, new_run_id
 
 Library = dict[str, str]  # uri -> etag
@@ -55,7 +56,12 @@ class Nights:
         return plan, pa.concat_tables([schema.MANIFEST.empty_table(), *plan.shards()])
 
     def score(
-        self, library: Library, errors: dict[str, str] | None = None, bundle: Bundle | None = None, **options: Any
+        self,
+        library: Library,
+        errors: dict[str, str] | None = None,
+        bundle: Bundle | None = None,
+        name: str = "l",
+        **options: Any,
     ) -> tuple[dict[str, int], set[str]]:
         """A committed run; its counts and the photos it did."""
         bundle = bundle or FakeBundle()
@@ -67,19 +73,20 @@ class Nights:
                 ("embeddings", bundle.encoder_fingerprint),
                 ("scores", bundle.scorer_fingerprint),
             ):
-                name = "encoder_fingerprint" if table == "embeddings" else "scorer_fingerprint"
-                rows = work.append_column(name, pa.array([fingerprint] * work.num_rows)).append_column(
+                column = "encoder_fingerprint" if table == "embeddings" else "scorer_fingerprint"
+                rows = work.append_column(column, pa.array([fingerprint] * work.num_rows)).append_column(
                     "error_kind", kinds
                 )
                 self.dest.write_parquet(f"{self.dest.table_path(table, run_id)}/0.parquet", rows)  # type: ignore[arg-type]
         if plan.marks:
             self.dest.write_parquet(f"{self.dest.table_path('gone', run_id)}/0.parquet", pa.concat_tables(plan.marks))
-        self.commit(run_id, bundle)
+        self.commit(run_id, bundle, name)
         return plan.counts, set(work.column("uri").to_pylist())
 
-    def commit(self, run_id: str, bundle: Bundle) -> None:
-        fingerprints = {"scorer_fingerprint": bundle.scorer_fingerprint}
-        self.dest.commit({"run_id": run_id, "kind": "score", "library": "l", "bundle": fingerprints})
+    def commit(self, run_id: str, bundle: Bundle, library: str = "l") -> None:
+        fingerprints, libraries = {"scorer_fingerprint": bundle.scorer_fingerprint}, {*libraries_of(self.dest), library}
+        record = {"run_id": run_id, "kind": "score", "library": library, "libraries": sorted(libraries)}
+        self.dest.commit(record | {"bundle": fingerprints})
 
     def latest(self) -> Library:
         rows = self.dest.latest("scores", ["uri", "etag"]).to_pylist()
@@ -153,7 +160,8 @@ def test_another_scorer_has_to_rescore_first(nights: Nights) -> None:
     nights.score({"/a": "1", "/b": "1"})
     with pytest.raises(UsageError, match="2 photos were scored by another scorer"):
         nights.plan({"/a": "1", "/b": "1"}, FakeBundle(scorer="s2"))
-    nights.plan({"/a": "2", "/b": "2"}, FakeBundle(scorer="s2"))  # nothing of the other is kept
+    with pytest.raises(UsageError, match="2 photos were scored by another scorer"):
+        nights.plan({"/new": "1"}, FakeBundle(scorer="s2"), inside="false")  # of another library in the same ranking
 
 
 def test_one_who_comes_back_after_a_new_scorer_is_done_again(nights: Nights) -> None:
@@ -162,7 +170,10 @@ def test_one_who_comes_back_after_a_new_scorer_is_done_again(nights: Nights) -> 
     other, run_id = FakeBundle(scorer="s2"), nights.dest.new_run_id()
     counts: dict[str, int] = {}
     work = pa.concat_tables(stale(nights.dest, other, counts))
-    assert (counts, work.column("uri").to_pylist()) == ({"listed": 1}, ["/a"])  # of what is gone nothing is scored
+    assert (counts, work.column("uri").to_pylist()) == (
+        {"listed": 1, "other_encoders": 0},
+        ["/a"],
+    )  # of what is gone nothing is scored
     assert work.column("source_run_id").to_pylist() == [nights.dest.runs()[0]["run_id"]]
     rows = work.drop_columns(["source_run_id"]).append_column("scorer_fingerprint", pa.array(["s2"]))
     nights.dest.write_parquet(f"{nights.dest.table_path('scores', run_id)}/0.parquet", rows)
@@ -188,8 +199,13 @@ def test_what_is_elsewhere_is_not_gone(nights: Nights, tmp_path: Path) -> None:
 def test_of_a_list_all_that_is_not_listed_is_gone_unless_others_were_scored_too(nights: Nights, tmp_path: Path) -> None:
     photos = tmp_path / "l.csv"
     photos.write_text("uri\n")
-    assert _inside(str(photos), nights.dest, None) == "true"
-    nights.score({"/a": "1"})  # of library `l`
+    nights.score({"/a": "1"}, name=str(photos))
+    with contextlib.chdir(tmp_path):
+        assert _inside("l.csv", nights.dest, None) == _inside(photos.as_uri(), nights.dest, None) == "true"
+    nights.score({"/a": "1"}, name="/another.csv")
+    nights.score({"/a": "1"}, name=str(photos))
+    for run in nights.dest.runs()[:2]:  # a library outlives its first runs
+        nights.dest.delete(nights.dest.run_path(run["run_id"]))
     assert _inside(str(photos), nights.dest, None) == "false"
 
 
@@ -267,3 +283,14 @@ def test_a_listing_that_breaks_off_marks_nothing(nights: Nights) -> None:
     plan = Plan(iter(listing()), nights.dest, FakeBundle(), "true")
     with pytest.raises(OSError, match="the store went away"):
         list(plan.shards())
+
+
+def test_neither_waits_for_the_other(nights: Nights) -> None:
+    """Part of a library done with new encoders, then a new scorer: rescoring does its own and leaves the rest."""
+    nights.score({"/a": "1", "/b": "1"})
+    nights.score({"/a": "1", "/b": "1"}, bundle=FakeBundle("e2", "s2"), limit=1)
+    counts: dict[str, int] = {}
+    rows = pa.concat_tables(stale(nights.dest, FakeBundle("e2", "s3"), counts))
+    assert (counts, rows.num_rows) == ({"listed": 2, "other_encoders": 1}, 1)
+    with pytest.raises(UsageError, match="2 of 2 photos were embedded by other encoders"):
+        list(stale(nights.dest, FakeBundle("e3", "s3"), counts))

@@ -91,7 +91,7 @@ def test_twenty_kills(tmp_path: Path, tiny: Path, processes: Any) -> None:
 
 
 def check_whole(dest: Destination) -> None:
-    [record] = dest.runs()
+    record = dest.runs()[0]
     assert (record["counts"]["to_do"], record["counts"]["scored"]) == (PHOTOS, PHOTOS)
     for table in ("embeddings", "scores"):
         check_rows(dest, table, record["run_id"], PHOTOS)  # type: ignore[arg-type]

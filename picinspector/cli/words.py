@@ -36,6 +36,7 @@ def record_text(record: dict[str, Any]) -> str:
     """What a committed run did."""
     counts = record["counts"]
     lines = [
+        *_finished(record),
         f"{counts['scored']:,} photos scored, {counts['failed']:,} failed, {counts['unmodified']:,} unmodified "
         f"in {record['seconds']['total']:,.1f} s ({record['photos_per_s']:,.1f}/s)",
         *_changes(counts),
@@ -70,13 +71,18 @@ def night_text(record: dict[str, Any]) -> str:
 def prune_text(report: dict[str, Any], dry_run: bool) -> str:
     """What was, or would be, removed and put together."""
     would = "would be " if dry_run else ""
-    text = (
-        f"{report['runs_removed']:,} superseded runs {would}removed, {report['rows_removed']:,} superseded rows, "
-        f"{report['bytes_removed'] / 1e6:,.1f} MB"
-    )
+    text = f"{report['runs_removed']:,} superseded runs {would}removed, {report['bytes_removed'] / 1e6:,.1f} MB"
     if report["runs_folded"]:
         text += f"; {report['files_folded']:,} files of {report['runs_folded']:,} runs {would}folded into one run"
     return text
+
+
+def _finished(record: dict[str, Any]) -> list[str]:
+    """Of the run that was cut short, and finished first."""
+    if (finished := record.get("finished")) is None:
+        return []
+    counts = finished["counts"]
+    return [f"first finished run {finished['run_id']}: {counts['scored']:,} scored, {counts['failed']:,} failed"]
 
 
 def _changes(counts: dict[str, Any]) -> list[str]:
