@@ -18,9 +18,10 @@ S3_PACKAGES := radosgw ceph-mon ceph-osd ceph-common
 demo: .venv/installed-demo
 	@$(BIN)/python jobs/demo.py
 
+# Two files at a time: much of a test of Ray is waiting for Ray.
 test: .venv/installed-all
 	@command -v radosgw >/dev/null || { $(APT_INSTALL) $(S3_PACKAGES) >/dev/null </dev/null; } || true
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-all
 	$(BIN)/ruff check .

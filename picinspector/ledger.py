@@ -61,8 +61,8 @@ def sources(dest: Destination, run_id: str, column: str) -> set[str]:
 def left(dest: Destination, table: TableName, run_id: str) -> tuple[list[str], int]:
     """What a run has still to write of a table, after a crash or from the start.
 
-    Files that are damaged, or hold rows that another holds as well (a worker that outlived its driver wrote them), are
-    removed: their photos are done again.
+    Files that are damaged are removed; of those with rows in common, which a worker that outlived its driver leaves,
+    all but the oldest. What is not in another is done again.
 
     Returns:
         Parquet files with the rows of the manifest that are not written yet, and how many they are.
@@ -101,12 +101,23 @@ def _mend(dest: Destination, table: TableName, run_id: str) -> bool:
     files = dest.files(folder)
     if not files:
         return False
+    spare = _spare(dest, files)
+    for file in spare:
+        dest.delete(file)
+    return len(spare) < len(files)
+
+
+def _spare(dest: Destination, files: list[str]) -> set[str]:
+    """Of files with rows in common all but the oldest."""
     dataset = pa.dataset.dataset(files, filesystem=dest.filesystem, format="parquet")
     with database(source=dataset.scanner(columns=["image_id", "__filename"])) as connection:
-        doubled = connection.sql(
-            "SELECT DISTINCT __filename FROM source WHERE image_id IN "
-            "(SELECT image_id FROM source GROUP BY 1 HAVING count(*) > 1)"
+        groups = connection.sql(
+            "SELECT DISTINCT files FROM (SELECT list_sort(list(__filename)) AS files FROM source "
+            "GROUP BY image_id HAVING count(*) > 1)"
         ).fetchall()
-    for (file,) in doubled:
-        dest.delete(file)
-    return len(doubled) < len(files)
+    written = {file: dest.filesystem.modified(file) for (group,) in groups for file in group}
+    spare: set[str] = set()
+    for file in sorted(written, key=lambda file: written[file], reverse=True):  # the newest goes first
+        if any(file in group and len({*group} - spare) > 1 for (group,) in groups):
+            spare.add(file)
+    return spare

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests import s3_server as s3
 
 # Before anything imports pyarrow.fs or botocore: both read these once.
 os.environ.update(s3.ENVIRONMENT)
+# Ray's workers would starve beside tests that compute, and idle OpenMP threads would spin on the others' cores.
+os.environ |= {"RAY_worker_niceness": "0", "OMP_WAIT_POLICY": "passive"}
 for inherited in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
     os.environ.pop(inherited, None)
 
@@ -95,6 +98,18 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     halve(folder / "dinov2" / "model.safetensors")
     yield folder
     shutil.rmtree(folder)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the services of one of several processes to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["services"] = services.USED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take them."""
+    services.USED.extend(line for line in node.workeroutput["services"] if line not in services.USED)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

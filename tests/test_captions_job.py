@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from picinspector import pipeline, schema
+from picinspector.choice import Choice, best, choose
 from picinspector.cli import main
 from picinspector.errors import UsageError
-from picinspector.choice import Choice, best, choose
 from picinspector.tables import Destination
 from tests.test_pipeline import make_library, options
 
