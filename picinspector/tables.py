@@ -29,7 +29,7 @@ import pyarrow.parquet
 
 from picinspector.atomic import WholeFileSystem
 from picinspector.errors import StorageError, UsageError
-from picinspector.storage import is_local, open_filesystem, redact, to_photo_error
+from picinspector.storage import is_local, is_storage_error, open_filesystem, redact, to_photo_error
 
 TableName = Literal["embeddings", "scores", "gone"]
 
@@ -147,8 +147,9 @@ class Destination:
 
     def write_json(self, path: str, record: Mapping[str, Any]) -> None:
         """Write a record, whole or not at all."""
-        self.make_folder(os.path.dirname(path))  # noqa: PTH120
-        self.writer.pipe_file(path, json.dumps(record, indent=2, default=str).encode())
+        with self._writing(path):
+            self.make_folder(os.path.dirname(path))  # noqa: PTH120
+            self.writer.pipe_file(path, json.dumps(record, indent=2, default=str).encode())
 
     def runs(self) -> list[dict[str, Any]]:
         """Run records of all committed runs, oldest first."""
@@ -197,9 +198,22 @@ class Destination:
 
     def write_parquet(self, path: str, table: pa.Table) -> None:
         """Write one Parquet file, and the folder it is in."""
-        self.make_folder(os.path.dirname(path))  # noqa: PTH120
-        with self.writer.open(path, "wb") as file:
-            pa.parquet.write_table(table, file, write_page_checksum=True)
+        with self._writing(path):
+            self.make_folder(os.path.dirname(path))  # noqa: PTH120
+            with self.writer.open(path, "wb") as file:
+                pa.parquet.write_table(table, file, write_page_checksum=True)
+
+    @contextlib.contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            reason = to_photo_error(error).message
+            raise StorageError(
+                f"cannot write {redact(path)}: {reason}; mend that and run the same command again"
+            ) from error
 
     def write_manifest(self, run_id: str, tables: Iterable[pa.Table]) -> int:
         """Write the manifest shards of a run; returns the number of rows."""

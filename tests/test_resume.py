@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import ray
 from PIL import Image
 
 from picinspector import chains, pipeline
-from picinspector.errors import UsageError
+from picinspector.errors import StorageError, UsageError
 from picinspector.ledger import check_rows, left
 from picinspector.tables import Destination
 
@@ -185,3 +186,22 @@ def test_two_at_once(tmp_path: Path, cut_short: tuple[Path, Path, str], tiny: Pa
     driver.join(120)
     assert driver.exitcode == 0
     assert Destination(tmp_path / "dest").runs()[0]["counts"]["scored"] == 24
+
+
+def test_a_full_disk_is_told_and_what_is_written_stays(
+    tmp_path: Path, cut_short: tuple[Path, Path, str], tiny: Path
+) -> None:
+    """On a file system of its own, first too small for the tables, then made larger."""
+    library, disk = cut_short[0], tmp_path / "disk"
+    disk.mkdir()
+    options = pipeline.Options(bundle=str(tiny), batch_size=ROWS_PER_FILE, show_progress=False)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(StorageError, match="make room there and run the same command again"):
+            pipeline.score(str(library), str(disk / "dest"), options)
+        assert Destination(disk / "dest").runs() == []
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        record = pipeline.score(str(library), str(disk / "dest"), options)
+        assert (record["times_resumed"], record["counts"]["scored"]) == (1, 24)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
