@@ -137,7 +137,9 @@ def test_as_of_an_earlier_run(nights: Nights) -> None:
 
 
 @pytest.mark.parametrize(
-    ("retry", "expected"), [("transient", {"/t"}), ("all", {"/t", "/c"}), ("none", set())], ids=str
+    ("retry", "expected"),
+    [("transient", {"/t"}), ("all", {"/t", "/c"}), ("none", set())],
+    ids=["transient", "all", "none"],
 )
 def test_which_failed_photos_are_done_again(nights: Nights, retry: Retry, expected: set[str]) -> None:
     library = {"/t": "1", "/c": "1", "/good": "1"}
