@@ -334,10 +334,11 @@ class Destination:
     ) -> None:
         """`latest` as a table of this name in a `database`, on disk, however many photos there are."""
         run_ids = [record["run_id"] for record in self.runs() if as_of is None or record["run_id"] <= as_of]
-        source = self.scan(table, run_ids, [*dict.fromkeys([*columns, "uri", "image_id", "run_id"])])
+        marks = self.marks(run_ids)
+        needed = ["uri", "run_id", *(["image_id"] if marks is not None else [])]
+        source = self.scan(table, run_ids, [*dict.fromkeys([*columns, *needed])])
         if source is None:
             raise UsageError(f"{self.url}: no committed {table} here; run `picinspector score` into it first")
-        marks = self.marks(run_ids)
         connection.register("source", source)
         names = ", ".join(
             "newest.run_id::VARCHAR AS run_id" if name == "run_id" else f'newest."{name}"' for name in columns

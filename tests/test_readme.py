@@ -76,12 +76,12 @@ def test_the_python_block_works_as_written(typed: Typed) -> None:
 
 
 def test_the_python_block_takes_the_newest_row_of_a_committed_run(tmp_path: Path) -> None:
-    """Three runs over two photos: scored, scored again, and crashed before its commit."""
+    """Three runs over two photos and one that is gone: scored, scored again, and crashed before its commit."""
     dest = Destination(tmp_path / "tables")
     for run_id, quality in {"20260101T000000.000Z-a": 7.25, "20260102T000000.000Z-b": 5.5, "20260103T": 9.75}.items():
         rows: list[dict[str, object]] = [
             {"image_id": uri, "uri": uri, "quality_score": quality, "scene": "landscape", "scorer_fingerprint": "f"}
-            for uri in ("/one.jpg", "/two.jpg")
+            for uri in ("/one.jpg", "/two.jpg", *(["/gone.jpg"] if quality == 7.25 else []))
         ]
         if quality == 5.5:
             rows[1]["scene"] = "night"  # no landscape any more, whatever the first run took it for
@@ -90,6 +90,9 @@ def test_the_python_block_takes_the_newest_row_of_a_committed_run(tmp_path: Path
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.SCORES), folder / "0.parquet")
         if quality != 9.75:
             dest.commit({"run_id": run_id, "counts": {"to_do": 2}})
+    mark = {"image_id": "/gone.jpg", "gone": True, "scorer_fingerprint": "f"}
+    marks = pa.Table.from_pylist([mark], schema=schema.GONE)
+    dest.write_parquet(f"{dest.table_path('gone', '20260102T000000.000Z-b')}/0.parquet", marks)
     [block] = blocks("python")
     done = subprocess.run(
         [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False

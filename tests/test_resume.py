@@ -195,7 +195,7 @@ def test_a_full_disk_is_told_and_what_is_written_stays(
     library, disk = cut_short[0], tmp_path / "disk"
     disk.mkdir()
     options = pipeline.Options(bundle=str(tiny), batch_size=ROWS_PER_FILE, show_progress=False)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], check=True)
     try:
         with pytest.raises(StorageError, match="make room there and run the same command again"):
             pipeline.score(str(library), str(disk / "dest"), options)

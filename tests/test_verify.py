@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from picinspector import pipeline
+from picinspector import pipeline, prune
 from picinspector.choice import Choice
 from picinspector.cli import main
 from picinspector.errors import StorageError
@@ -114,8 +114,11 @@ def test_a_healthy_destination_is_whole(healthy: Path, quick: bool) -> None:
     assert (report.files, report.size_bytes) == (len(tables), sum(file.stat().st_size for file in tables))
 
 
-def test_a_destination_that_was_pruned_is_whole(dest: Path, captioned_bundle: Path) -> None:
+def test_a_destination_that_was_pruned_is_whole(
+    dest: Path, captioned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of several runs in one, with the fingerprints they came with."""
+    monkeypatch.setattr(prune, "_FEW_FILES", 1)
     pipeline.prune(str(dest), options(captioned_bundle), keep_days=0)
     report = check(dest)
     assert (told(report), report.notices, report.runs) == ("", [], 1)

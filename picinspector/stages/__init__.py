@@ -70,8 +70,13 @@ def count_kinds(kinds: Any) -> Counter[str]:
 
 def peak_memory_bytes() -> int:
     """The most resident memory this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere: getrusage(2) of both
+    try:
+        # Not getrusage: a process starts there with what the one it was forked from had.
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:  # noqa: PTH123
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # no Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere: getrusage(2) of both
 
 
 def _peak_device_bytes() -> int | None:
