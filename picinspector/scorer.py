@@ -12,6 +12,7 @@ A scorer folder holds the model as LightGBM text and `scorer.json`::
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from picinspector.conformal import Intervals
 from picinspector.errors import BundleError
+from picinspector.forest import Forest
 
 SPEC = "scorer.json"
 _MODEL = "model.txt"
@@ -98,7 +100,7 @@ class Scorer:
                 f"the scorer was trained on {self._num_features} features, these embeddings give {matrix.shape[1]} "
                 f"{widths}: score with the bundle that embedded the library, or embed it again with this one"
             )
-        output = np.asarray(self._booster.predict(matrix, num_threads=1), dtype=np.float64)
+        output = self._output(matrix)
         mos = self._to_mos(output).astype(np.float32)
         if self.intervals is None:
             return Scored(mos, self._to_quality(mos))
@@ -106,6 +108,15 @@ class Scorer:
         return Scored(
             mos, self._to_quality(mos), self._to_quality(self._to_mos(low)), self._to_quality(self._to_mos(high))
         )
+
+    def _output(self, matrix: np.ndarray) -> np.ndarray:
+        if self._forest is not None and np.isfinite(matrix).all():
+            return self._forest.predict(matrix)
+        return np.asarray(self._booster.predict(matrix, num_threads=1), dtype=np.float64)
+
+    @functools.cached_property
+    def _forest(self) -> Forest | None:  # of no use to who only asks for the features, and 0.2 s to make
+        return Forest.of(self._booster)
 
     def _to_mos(self, output: np.ndarray) -> np.ndarray:
         return self.label_min + output * (self.label_max - self.label_min) if self._scaled else output
