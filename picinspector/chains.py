@@ -37,6 +37,15 @@ from picinspector.tables import Destination, TableName, database
 _ROWS_PER_FILE, _ROWS_PER_FILE_ON_CPU = 8192, 1024
 _SCORED_ROWS_PER_FILE = 65_536
 _SCORE_BATCH = 4096
+#: Columns of either table whose values repeat. Of an embedding, whose numbers hardly do, a dictionary costs five times
+#: the time to read and twice the time to write, for 6 % less space (measured).
+_REPEATED = [
+    *("format", "camera", "lens", "iso", "exposure_s", "f_number", "focal_length_mm", "width", "height"),
+    *("encoder_fingerprint", "scorer_fingerprint", "scorer_kind", "caption", "caption_source", "caption_error"),
+    *("caption_fingerprint", "scene", "suggestions.list.element", "error_kind", "error_message"),
+]
+#: The checksums are what lets `verify` tell a page that went bad from one that is only unusual.
+PARQUET: Mapping[str, Any] = {"write_page_checksum": True, "use_dictionary": _REPEATED}
 #: The disk is full or may not be written.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
@@ -279,8 +288,7 @@ def _describe(
 def _write(rows: ray.data.Dataset, work: Work, table: TableName, rows_per_file: int) -> None:
     folder = work.dest.table_path(table, work.run_id)
     least = min(rows_per_file, work.total)
-    # The checksums are what lets `verify` tell a page that went bad from one that is only unusual.
-    rows.write_parquet(folder, filesystem=work.dest.writer, min_rows_per_file=least, write_page_checksum=True)
+    rows.write_parquet(folder, filesystem=work.dest.writer, min_rows_per_file=least, **PARQUET)
 
 
 def _stored(

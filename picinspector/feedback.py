@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from picinspector.wording import GRADES, MIDDLE_LUMA, grade
 
@@ -118,6 +120,11 @@ class Suggestion:
         return f"{self.evidence}; {self.advice}"
 
 
+#: What of `schema.MEASUREMENTS` and of `schema.FACTS` is read, in the order of `_Photo`.
+MEASURED = ("brightness", "clipped_highlights", "clipped_shadows", "contrast", "colorfulness", "noise", "sharpness")
+EXIF = ("iso", "exposure_s", "f_number", "focal_length_mm", "width", "height")
+
+
 class _Photo(NamedTuple):
     """What is known of a photo; None what is not."""
 
@@ -194,17 +201,54 @@ def suggest(
     low = {name: value for name, value in low.items() if value < TARGET}
     if not low:
         return []
-    photo = _photo(low, measured, facts, scene)
-    gains = {name: (TARGET - value) * MOS_PER_POINT[name] * _QUALITY_PER_MOS for name, value in low.items()}
+    known = [*(_number(measured.get(name)) for name in MEASURED), *(_positive(facts.get(name)) for name in EXIF)]
+    return [Suggestion(*found) for found in _suggest(_photo(low, scene, known))]
+
+
+def suggest_all(
+    attributes: Mapping[str, np.ndarray],
+    measured: Mapping[str, np.ndarray],
+    facts: Mapping[str, np.ndarray],
+    scenes: Sequence[str],
+) -> list[list[str]]:
+    """The texts of `suggest` for N photos at once, in half of the time.
+
+    Args:
+        attributes, measured, facts: (N,) numbers for each of `MOS_PER_POINT`, `MEASURED` and `EXIF`, NaN where one is
+            unknown.
+        scenes: N of `schema.SCENES`.
+    """
+    # An unknown attribute is low in nothing.
+    judged = [
+        np.where(np.isfinite(values), np.maximum(0.0, values) + 0.0, np.inf).tolist()  # + 0.0: no -0.0 in words
+        for values in (attributes[name] for name in MOS_PER_POINT)
+    ]
+    known = [
+        *(_column(measured[name], np.isfinite) for name in MEASURED),
+        *(_column(facts[name], lambda values: np.isfinite(values) & (values > 0.0)) for name in EXIF),
+    ]
+    texts = []
+    for scene, values, photo in zip(scenes, zip(*judged, strict=True), zip(*known, strict=True), strict=True):
+        low = {name: value for name, value in zip(MOS_PER_POINT, values, strict=True) if value < TARGET}
+        found = _suggest(_photo(low, scene, photo)) if low else []
+        texts.append([f"{evidence}; {advice}" for _, evidence, advice, _ in found])
+    return texts
+
+
+def _suggest(photo: _Photo) -> list[tuple[str, str, str, float]]:
+    """Topic, evidence, advice and gain of each suggestion."""
+    gains = {
+        name: (TARGET - value) * MOS_PER_POINT[name] * _QUALITY_PER_MOS for name, value in photo.attributes.items()
+    }
     for name in _follow_the_light(photo):
         gains["brightness"] += gains.pop(name)
-    found: list[Suggestion] = []
-    for name in sorted(gains, key=lambda name: -gains[name]):
+    found: list[tuple[str, str, str, float]] = []
+    for name in sorted(gains, key=gains.__getitem__, reverse=True):
         if gains[name] < MIN_GAIN or len(found) == MAX_SUGGESTIONS:
             break
         words = _RULES[name](photo)
         if words is not None:
-            found.append(Suggestion(name, *words, gains[name]))
+            found.append((name, *words, gains[name]))
     return found
 
 
@@ -220,8 +264,8 @@ def stops_off(luma: float, scene: str = "other") -> float:
         scene: one of `schema.SCENES`.
     """
     light = _light(min(1.0, max(1.0 / 255.0, luma)))
-    darkest = NIGHT_LUMA if scene == "night" else MIDDLE_LUMA
-    return min(0.0, math.log2(light / _light(darkest))) + max(0.0, math.log2(light / _light(MIDDLE_LUMA)))
+    darkest = _NIGHT_LIGHT if scene == "night" else _MIDDLE_LIGHT
+    return min(0.0, math.log2(light / darkest)) + max(0.0, math.log2(light / _MIDDLE_LIGHT))
 
 
 # --- the rules: evidence and advice on one attribute that is not good -------------------------------------------------
@@ -449,26 +493,11 @@ _COLOR = {
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _photo(low: dict[str, float], measured: Mapping[str, float], facts: Mapping[str, Any], scene: str) -> _Photo:
-    luma = _number(measured.get("brightness"))
-    return _Photo(
-        attributes=low,
-        scene=scene,
-        luma=luma,
-        highlights=_number(measured.get("clipped_highlights")) or 0.0,
-        shadows=_number(measured.get("clipped_shadows")) or 0.0,
-        contrast=_number(measured.get("contrast")),
-        colorfulness=_number(measured.get("colorfulness")),
-        noise=_number(measured.get("noise")),
-        detail=_number(measured.get("sharpness")),
-        iso=_positive(facts.get("iso")),
-        exposure_s=_positive(facts.get("exposure_s")),
-        f_number=_positive(facts.get("f_number")),
-        focal_mm=_positive(facts.get("focal_length_mm")),
-        width=_positive(facts.get("width")),
-        height=_positive(facts.get("height")),
-        stops=0.0 if luma is None else stops_off(luma, scene),
-    )
+def _photo(low: dict[str, float], scene: str, known: Iterable[float | None]) -> _Photo:
+    """Of what is `known` by `MEASURED` and `EXIF`, in their order."""
+    luma, highlights, shadows, *others = known
+    stops = 0.0 if luma is None else stops_off(luma, scene)
+    return _Photo._make((low, scene, luma, highlights or 0.0, shadows or 0.0, *others, stops))
 
 
 def _follow_the_light(photo: _Photo) -> list[str]:
@@ -503,6 +532,9 @@ def _light(srgb: float) -> float:
     return srgb / 12.92 if srgb <= 0.04045 else float(((srgb + 0.055) / 1.055) ** 2.4)
 
 
+_MIDDLE_LIGHT, _NIGHT_LIGHT = _light(MIDDLE_LUMA), _light(NIGHT_LUMA)
+
+
 def _nearest(value: float, steps: tuple[float, ...]) -> float:
     """The step at the smallest ratio to a value above 0; steps ascend."""
     index = bisect_left(steps, value)
@@ -520,6 +552,15 @@ def _speed(exposure_s: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100.0 * share:.0f} %"
+
+
+def _column(values: np.ndarray, is_known: Callable[[np.ndarray], np.ndarray]) -> list[float | None]:
+    """Numbers as Python's; None where one is not known."""
+    numbers: list[float | None] = np.asarray(values, np.float64).tolist()
+    known = is_known(values)
+    if known.all():
+        return numbers
+    return [number if is_ else None for number, is_ in zip(numbers, known.tolist(), strict=True)]
 
 
 def _number(value: Any) -> float | None:

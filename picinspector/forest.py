@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import lightgbm
 import numpy as np
 
-#: Work grows with the nodes of a tree, LightGBM's with their depth. Measured: 4.7 times as fast at 15 leaves, 2.7 at 32.
+#: Work grows with the nodes of a tree, LightGBM's with their depth: 4.7 times as fast at 15 leaves, 2.7 at 32.
 _MOST_LEAVES = 32
 _ZERO = np.float32(1e-35)  # its kZeroThreshold
 #: Rows at once: their tests of one tree lie in the cache.
 _ROWS = 4096
+_TURNED = 256  # rows to columns, so many at once: half the time of all at once
 
 
 class _OtherTree(Exception):  # noqa: N818  (no error: a kind of tree)
@@ -57,7 +58,9 @@ class Forest:
         return np.concatenate([np.zeros(0), *parts])
 
     def _predict(self, rows: np.ndarray) -> np.ndarray:
-        columns = np.ascontiguousarray(rows.T)
+        columns = np.empty(rows.shape[::-1], np.float32)
+        for start in range(0, len(rows), _TURNED):
+            columns[:, start : start + _TURNED] = rows[start : start + _TURNED].T
         count, most = len(rows), max((len(tree.features) for tree in self._trees), default=0)
         tested, above = np.empty((most, count), np.float32), np.empty((most, count), bool)
         total = np.zeros(count)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from picinspector.feedback import (
+    EXIF,
     MAX_SUGGESTIONS,
+    MEASURED,
     MIN_GAIN,
     MOS_PER_POINT,
     NIGHT_LUMA,
@@ -18,6 +21,7 @@ from picinspector.feedback import (
     Suggestion,
     stops_off,
     suggest,
+    suggest_all,
 )
 from picinspector.schema import ATTRIBUTES, FACTS, MEASUREMENTS, SCENES
 from picinspector.wording import MIDDLE_LUMA
@@ -406,3 +410,33 @@ def test_the_worse_attribute_has_more_to_gain(topic: str, worse: int, better: in
     worse, better = min(worse, better), max(worse, better)
     gains = [sum(s.gain for s in ask({topic: value})) for value in (worse, better)]
     assert gains[0] >= gains[1]
+
+
+_FLOAT32 = st.floats(width=32) | st.floats(0, 100, width=32) | st.floats(0, 1, width=32)
+_ROW = st.tuples(
+    st.fixed_dictionaries(dict.fromkeys(ATTRIBUTES, _FLOAT32)),
+    st.fixed_dictionaries(dict.fromkeys(MEASURED, _FLOAT32)),
+    st.fixed_dictionaries(dict.fromkeys(EXIF, _FLOAT32 | st.floats(0, 5000, width=32))),
+    st.sampled_from([*SCENES, "moon"]),
+)
+
+
+@given(st.lists(_ROW))
+def test_many_at_once_are_told_what_each_is_told(rows: list[Any]) -> None:
+    """NaN in a column is what None, or no key, is of one photo."""
+    attributes, measured, exif = (
+        {name: np.array([row[part][name] for row in rows], np.float32) for name in names}
+        for part, names in enumerate((ATTRIBUTES, MEASURED, EXIF))
+    )
+    alone = [[suggestion.text for suggestion in suggest(*row)] for row in rows]
+    assert suggest_all(attributes, measured, exif, [row[3] for row in rows]) == alone
+
+
+def test_many_at_once_find_something() -> None:
+    dark = ORDINARY | {"brightness": luma_at(-1.0)}
+    expected = [s.text for s in suggest(GOOD | {"brightness": 30.0}, dark, NO_EXIF, "human")]
+    columns = (GOOD | {"brightness": 30.0}, dark, dict.fromkeys(EXIF, np.nan) | {"width": 4000, "height": 3000})
+    found = suggest_all(*({name: np.array([value, np.nan]) for name, value in part.items()} for part in columns),
+                        ["human", "human"])  # fmt: skip
+    assert found == [expected, []]
+    assert "1 stop underexposed" in expected[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from picinspector import schema
 from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
-from picinspector.feedback import suggest
+from picinspector.feedback import EXIF, MEASURED, suggest_all
 from picinspector.scorer import Scored, Scorer, to_array
 from picinspector.stages import Report, describe_batch
 from picinspector.wording import Facts, check, compose
@@ -62,7 +62,9 @@ class Score:
         started = time.perf_counter()
         good = pc.is_null(embeddings.column("error_kind"))
         valid = embeddings.filter(good)
-        features = {name: to_array(valid.column(name)) for name in self._columns if name not in schema.FACTS.names}
+        # Cast once for scorer and head: both compute in float32.
+        wanted = [name for name in self._columns if name not in schema.FACTS.names]
+        features = {name: to_array(valid.column(name)).astype(np.float32, copy=False) for name in wanted}
         columns = {name: embeddings.column(name) for name in _CARRIED}
         if valid.num_rows:
             predicted = self._predict(features)
@@ -98,28 +100,24 @@ class Score:
 
 def _in_words(rows: pa.Table, predicted: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
     """Suggestions; and the captions, those replaced that contradict what these heads see."""
-    facts = rows.select(schema.FACTS.names).to_pylist()
-    measured = rows.select(schema.MEASUREMENT_FIELDS.names).rename_columns(list(schema.MEASUREMENTS)).to_pylist()
-    attributes = _records(predicted, "attribute", schema.ATTRIBUTES)
-    scenes = _records(predicted, "scene", schema.SCENES)
-    suggestions = [
-        [suggestion.text for suggestion in suggest(attributes[row], measured[row], facts[row], scene)]
-        for row, scene in enumerate(predicted["scene"].to_pylist())
-    ]
+    attributes = {name: predicted[f"attribute_{name}"].to_numpy() for name in schema.ATTRIBUTES}
+    measured = {name: to_array(rows.column(f"measured_{name}")) for name in MEASURED}
+    exif = {name: to_array(rows.column(name)) for name in EXIF}
+    suggestions = suggest_all(attributes, measured, exif, predicted["scene"].to_pylist())
     columns = {"suggestions": pa.array(suggestions, schema.SCORES.field("suggestions").type)}
     if "caption" in rows.column_names:
         texts, sources = (rows.column(name).to_pylist() for name in schema.CAPTION.names)
-        for row, text in enumerate(texts):
-            seen = Facts(attributes[row], scenes[row], measured[row]["brightness"])
-            if text is not None and check(text, seen).contradictions:
+        scenes = {name: predicted[f"scene_{name}"].to_numpy() for name in schema.SCENES}
+        for row in (row for row, text in enumerate(texts) if text is not None):
+            seen = Facts(_at(row, attributes), _at(row, scenes), float(measured["brightness"][row]))
+            if check(texts[row], seen).contradictions:
                 texts[row], sources[row] = compose(seen), "composed"
         columns |= {"caption": pa.array(texts, pa.string()), "caption_source": pa.array(sources, pa.string())}
     return columns
 
 
-def _records(predicted: Mapping[str, pa.Array], prefix: str, names: Sequence[str]) -> list[dict[str, float]]:
-    rows: list[dict[str, float]] = pa.table({name: predicted[f"{prefix}_{name}"] for name in names}).to_pylist()
-    return rows
+def _at(row: int, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(values[row]) for name, values in columns.items()}
 
 
 def _place(values: pa.Array, good: pa.ChunkedArray) -> pa.Array:
