@@ -32,7 +32,7 @@ MANIFEST = "bundle.json"
 PIECES = ("clip", "dinov2", "scorer", "attributes", "zero_shot", "captioner")
 
 #: Raise when a change of code changes what decode, crop, measure or encode give for the same bytes and weights.
-ENCODE_VERSION = 1
+ENCODE_VERSION = 2
 #: Raise when a change of code changes scores for the same embeddings and models.
 SCORE_VERSION = 3
 #: Raise when a change of code changes captions for the same photos and models.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 import picinspector.towers  # noqa: F401  open_clip finds the builtin tower once timm knows it
 from picinspector.device import pick_device, pick_dtype, to_embeddings, to_input
 from picinspector.errors import BundleError
-from picinspector.fold import fold_batch_norm
+from picinspector.fold import fold_batch_norm, fuse_relu6
 from picinspector.preprocess import clip_preprocess
 
 
@@ -47,6 +47,8 @@ class ClipEncoder:
         self.dim = int(open_clip.get_model_config(_local_dir(folder))["embed_dim"])
         tower = fold_batch_norm(cast(torch.nn.Module, model.visual).eval())
         self._tower = _to(tower, self.device, self.dtype)
+        if self.device.type == "cpu":
+            fuse_relu6(self._tower)
 
     @torch.inference_mode()
     def encode(self, crops: np.ndarray) -> np.ndarray:

@@ -1,6 +1,10 @@
-"""Where the encoders run and in which precision, and how pixels get there."""
+"""Where the encoders run and in which precision, how pixels get there, and how a CPU's cores share a batch."""
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -34,11 +38,56 @@ def to_input(pixels: np.ndarray, how: Preprocess, device: torch.device, dtype: t
         (B, 3, H, W) of `dtype`, channels-last in memory.
     """
     batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device, non_blocking=True)
-    scale = torch.tensor([255.0 * s for s in how.std], device=device)
-    shift = torch.tensor([m / s for m, s in zip(how.mean, how.std, strict=True)], device=device)
-    return batch.float().div_(scale).sub_(shift).to(dtype).permute(0, 3, 1, 2)
+    width = batch.shape[2]
+    # By whole lines: broadcasting along three channels would not be vectorised, and takes a CPU six times as long.
+    scale = torch.tensor([255.0 * s for s in how.std] * width, device=device)
+    shift = torch.tensor([m / s for m, s in zip(how.mean, how.std, strict=True)] * width, device=device)
+    lines = batch.flatten(2).float().div_(scale).sub_(shift)
+    return lines.to(dtype).view(batch.shape).permute(0, 3, 1, 2)
 
 
 def to_embeddings(features: torch.Tensor) -> np.ndarray:
     """(B, D) of any float dtype to L2-normalised float16 (B, D)."""
     return torch.nn.functional.normalize(features.float(), dim=-1).half().cpu().numpy()
+
+
+#: Crops of one call on a core. The maps of so few stay in its caches (EfficientNet-lite0 at 448 px, two cores: 44
+#: photos/s with 4, 35 with 16), and a matrix of 4 x 257 rows keeps its multipliers as busy as one of 32 x 257.
+_PART = 4
+
+
+class Cores:
+    """Encoders on the cores of a CPU: every core works on crops of its own, with one thread.
+
+    Two threads in one operation wait for each other at its end, and for what else runs on their cores, hundreds of
+    times a call. Measured on two cores with readers beside: 2 to 3 times the photos of two threads in a call.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Start the threads; None takes as many as torch would."""
+        _keep_freed_memory()
+        self._pool = ThreadPoolExecutor(threads or torch.get_num_threads(), "encode", torch.set_num_threads, (1,))
+
+    def map(self, calls: Sequence[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]) -> list[np.ndarray]:
+        """What functions of rows of crops, each given with its crops (B, S, S, 3), return of them: (B, D) each. B >= 1.
+
+        Raises:
+            whatever one of them raises.
+        """
+        waiting = [
+            [self._pool.submit(call, crops[start : start + _PART]) for start in range(0, len(crops), _PART)]
+            for call, crops in calls
+        ]
+        return [np.concatenate([part.result() for part in parts]) for parts in waiting]
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: maps of megabytes would be returned and faulted in again, page by page.
+
+    Measured: 0.2 ms of the kernel's time a photo in place of 4.6. Elsewhere than with glibc it does nothing.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        # One arena (those of threads are limited to 64 MB); mapped from 32 MB on, the most allowed; trimmed from 1 GB.
+        for parameter, value in ((-8, 1), (-3, 32 * 1024**2), (-1, 1024**3)):
+            tune(parameter, value)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-_IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)
-#: rg = R - G and yb = (R + G) / 2 - B.
-_OPPONENTS = np.array([[1, -1, 0], [0.5, 0.5, -1]], dtype=np.float32)
+#: Of Immerkaer's mask, which is its outer product with itself.
+_SECOND_DIFFERENCE = np.array([1, -2, 1], dtype=np.float32)
 
 
 def measure(working: np.ndarray) -> dict[str, float]:
@@ -21,15 +20,16 @@ def measure(working: np.ndarray) -> dict[str, float]:
     """
     luma = cv2.cvtColor(working, cv2.COLOR_RGB2GRAY)  # (H, W), Rec. 601, 0-255
     mean, deviation = _mean_std(luma)
-    brightest = cv2.max(cv2.max(working[..., 0], working[..., 1]), working[..., 2])
+    red, green, blue = cv2.split(working)
+    brightest = cv2.max(cv2.max(red, green), blue)
     return {
         "sharpness": sharpness(luma),
         "noise": noise(luma),
         "brightness": mean / 255.0,
         "contrast": deviation / 255.0,
         "colorfulness": colorfulness(working),
-        "clipped_highlights": float((brightest >= 254).mean()),
-        "clipped_shadows": float((brightest <= 1).mean()),
+        "clipped_highlights": float(np.count_nonzero(brightest >= 254)) / brightest.size,
+        "clipped_shadows": float(np.count_nonzero(brightest <= 1)) / brightest.size,
     }
 
 
@@ -52,12 +52,15 @@ def noise(luma: np.ndarray) -> float:
     height, width = luma.shape
     if height < 3 or width < 3:
         return 0.0
-    response = np.abs(cv2.filter2D(luma, cv2.CV_32F, _IMMERKAER)[1:-1, 1:-1])
-    return float(np.sqrt(np.pi / 2) / 6 * cv2.mean(response)[0])
+    response = cv2.sepFilter2D(luma, cv2.CV_16S, _SECOND_DIFFERENCE, _SECOND_DIFFERENCE)[1:-1, 1:-1]
+    return float(np.sqrt(np.pi / 2) / 6 * cv2.norm(response, cv2.NORM_L1) / response.size)
 
 
 def colorfulness(pixels: np.ndarray) -> float:
     """Colourfulness M3 (Hasler and Suesstrunk 2003, eq. 10) of uint8 sRGB (H, W, 3)."""
-    opponents = cv2.transform(pixels.astype(np.float32), _OPPONENTS)  # (H, W, 2)
-    mean, deviation = cv2.meanStdDev(opponents)
-    return float(np.hypot(*deviation[:, 0]) + 0.3 * np.hypot(*mean[:, 0]))
+    red, green, blue = cv2.split(pixels)
+    red_green = cv2.subtract(red, green, dtype=cv2.CV_16S)
+    # Twice yb = (R + G) / 2 - B, which is an integer.
+    yellow_blue = cv2.addWeighted(cv2.add(red, green, dtype=cv2.CV_16S), 1, blue, -2, 0, dtype=cv2.CV_16S)
+    (mean_rg, std_rg), (mean_yb, std_yb) = _mean_std(red_green), _mean_std(yellow_blue)
+    return float(np.hypot(std_rg, std_yb / 2) + 0.3 * np.hypot(mean_rg, mean_yb / 2))

@@ -19,8 +19,8 @@ from picinspector.stages import Batch
 
 #: A person's line is drawn anew this often on a terminal, and written this often where it is kept.
 _TERMINAL_S, _LOG_S = 0.5, 10.0
-#: How long the last reports may be under way: 4 ms on two idle cores, over a second where four processes want them. Only a
-#: run that lost reports with a node waits as long.
+#: How long the last reports may be under way: 4 ms on two idle cores, over a second where four processes want them.
+#: Only a run that lost reports with a node waits as long.
 _LATE_S = 5.0
 #: Of the histogram of batches. Measured on two cores: 0.1 s to score 4096 rows, 7 s to read 64 photos; the rest is room
 #: for large captioners and slow stores.

@@ -109,7 +109,8 @@ class QualityTower(nn.Module):
 
 def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The Gaussian kernel exp(-|a - b|^2) of (A, D) and (B, D): (A, B). The projection holds the length scales."""
-    squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2.0 * a @ b.T
+    # The norm of the many rows: squaring them first would fill another 26 MB at every call.
+    squares = a.square().sum(1)[:, None] + torch.linalg.vector_norm(b, dim=1).square() - 2.0 * a @ b.T
     return torch.exp(-squares.clamp_min(0.0))
 
 

@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             *("storage", "manifest", "photo", "measure", "clip", "dinov2", "captioner", "scorer", "zeroshot"),
-            *("fold", "towers", "forest"),
+            *("fold", "towers", "forest", "resize"),
             *("logs", "redaction"),
             *(
                 "attributes",

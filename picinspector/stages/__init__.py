@@ -6,7 +6,7 @@
     embeddings    --caption.Caption, where asked for--> embeddings with captions --score.Score--> scores
 
 A row that fails keeps its identity, gets `error_kind` and `error_message`, and travels on with nulls. Each stage is a
-module of its own because its workers load what it needs and no more: readers never import torch, nor do scorers.
+module of its own because its workers load what it needs and no more: readers load no models, scorers not even torch.
 """
 
 from __future__ import annotations

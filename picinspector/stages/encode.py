@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from picinspector import schema
 from picinspector.bundle import open_bundle
 from picinspector.clip import ClipEncoder
+from picinspector.device import Cores, pick_device
 from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import UsageError
 from picinspector.photo import CropSpec
@@ -51,7 +51,7 @@ class Encode:
 
         Args:
             bundle: name or folder of the bundle on this machine.
-            threads: for the CPU; None leaves torch's own choice.
+            threads: on the CPU, each with crops of its own; None takes as many as torch would.
             report: called after each batch.
             fingerprint: what the driver's bundle has; another one here is another bundle.
             keep: the column of crops that goes on to the captioner.
@@ -60,14 +60,13 @@ class Encode:
             BundleError: the bundle cannot be used, or is another than the driver's.
             UsageError: in a call: the device's memory is too small for half of the batch.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
         opened = open_bundle(bundle)
         opened.expect(encoder=fingerprint)
         self._encoders: tuple[Encoder, Encoder] = (
             ClipEncoder(opened.piece("clip")),
             Dinov2Encoder(opened.piece("dinov2")),
         )
+        self._cores = Cores(threads) if pick_device().type == "cpu" else None
         self._schema = schema.embeddings(*(encoder.dim for encoder in self._encoders))
         self._fingerprint, self._report, self._keep = opened.encoder_fingerprint, report, keep
 
@@ -78,14 +77,12 @@ class Encode:
         columns: dict[str, Any] = {
             name: photos.column(name) for name in photos.column_names if name not in CROP_COLUMNS
         }
-        for name, target, encoder in zip(
-            CROP_COLUMNS, ("clip_embedding", "dinov2_embedding"), self._encoders, strict=False
-        ):
-            crops = to_pixels(photos.column(name), encoder.crop.crop_px)
-            parts = [np.empty((0, encoder.dim), np.float16)]
-            if len(crops):
-                parts = within_memory(functools.partial(_encode, encoder, crops), len(crops), _ADVICE)
-            columns[target] = _scatter(np.concatenate(parts), good)
+        crops = [
+            to_pixels(photos.column(name), encoder.crop.crop_px)
+            for name, encoder in zip(CROP_COLUMNS, self._encoders, strict=False)
+        ]
+        for target, values in zip(("clip_embedding", "dinov2_embedding"), self._encode(crops), strict=True):
+            columns[target] = _scatter(values, good)
         columns["encoder_fingerprint"] = pa.repeat(self._fingerprint, photos.num_rows)
         empty = {part.name: pa.nulls(photos.num_rows, part.type) for part in self._schema}  # no captions yet
         rows = pa.table([(empty | columns)[name] for name in self._schema.names], schema=self._schema)
@@ -94,9 +91,16 @@ class Encode:
             self._report(describe_batch("encode", rows.num_rows, errors, started))
         return rows if self._keep is None else rows.append_column(self._keep, photos.column(self._keep))
 
+    def _encode(self, crops: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each encoder's crops (B, S, S, 3) to float16 (B, D)."""
+        if not len(crops[0]):
+            return [np.empty((0, encoder.dim), np.float16) for encoder in self._encoders]
 
-def _encode(encoder: Encoder, crops: np.ndarray, rows: slice) -> np.ndarray:
-    return encoder.encode(crops[rows])
+        def encode(rows: slice) -> list[np.ndarray]:
+            calls = [(encoder.encode, own[rows]) for encoder, own in zip(self._encoders, crops, strict=True)]
+            return self._cores.map(calls) if self._cores is not None else [call(own) for call, own in calls]
+
+        return [np.concatenate(parts) for parts in zip(*within_memory(encode, len(crops[0]), _ADVICE), strict=True)]
 
 
 def within_memory(work: Callable[[slice], _Answer], rows: int, advice: str) -> list[_Answer]:

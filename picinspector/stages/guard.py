@@ -41,7 +41,8 @@ class Guard(Generic[_Answer]):
         Args:
             function: of a module, by whose name the child imports it. Arguments and answers are pickled.
             timeout_s: processor time after which a call dies; see `deadline`.
-            memory_bytes: address space of the child; half of this machine's memory if None.
+            memory_bytes: address space that the child may add to what its modules take; half of this machine's memory
+                if None.
         """
         self._function, self._timeout_s = function, timeout_s
         self._memory_bytes = memory_bytes if memory_bytes is not None else machine_memory_bytes() // 2
@@ -96,7 +97,7 @@ class Guard(Generic[_Answer]):
         child, connection = self._child
         self._child = None
         connection.close()  # a child that waits for the next call ends by itself
-        child.join(timeout=1.0)
+        child.join(timeout=5.0)
         if child.exitcode is None:
             child.kill()
             child.join()
@@ -118,7 +119,9 @@ def _serve(connection: Connection, function: Callable[..., Any], timeout_s: floa
         signal.signal(timer, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # the system has a lower limit, or cannot limit it at all
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        # torch alone maps gigabytes of libraries, which cost nothing until they are used.
+        limit = _address_space_bytes() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     connection.send(None)  # alive
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
@@ -146,6 +149,10 @@ def deadline(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def machine_memory_bytes() -> int:
