@@ -77,7 +77,7 @@ class Work:
 
 def embed(work: Work, bundle: Bundle) -> None:
     """Photos of the manifest to the embeddings table."""
-    from picinspector.stages.encode import Encode  # loads torch, which nothing else on the driver needs
+    from picinspector.stages.encode import Encode
 
     options = work.options
     column = next(iter(caption_crop(bundle))) if options.captions else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
 Resample = Literal["bicubic", "bilinear", "lanczos"]
@@ -23,6 +22,8 @@ def resize(pixels: np.ndarray, width: int, height: int, resample: Resample = "bi
     if resample == "lanczos":  # torch has it from 2.14 on only
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
         return np.array(image)
+    import torch  # seconds, which who only asks for names in `photo` need not spend
+
     channels_last = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     # Not `torch.inference_mode`: this is called from other people's threads, and asks for no gradients anyway.
     resized = torch.nn.functional.interpolate(channels_last, size=(height, width), mode=resample, antialias=True)

@@ -186,3 +186,13 @@ def test_what_is_below_the_third_floor_loads_without_ray() -> None:
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert child.returncode == 0, child.stderr
+
+
+def test_a_driver_does_not_load_torch() -> None:
+    """Nor do workers that only score: both name stages and photos, and torch takes them seconds."""
+    code = (
+        "import sys, picinspector.pipeline, picinspector.stages.encode, picinspector.stages.read\n"
+        "assert not {'torch', 'transformers', 'open_clip'} & sys.modules.keys()"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert child.returncode == 0, child.stderr

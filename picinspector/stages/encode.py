@@ -9,13 +9,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from picinspector import schema
 from picinspector.bundle import open_bundle
-from picinspector.clip import ClipEncoder
-from picinspector.device import Cores, pick_device
-from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import UsageError
 from picinspector.photo import CropSpec
 from picinspector.stages import CROP_COLUMNS, Report, count_kinds, describe_batch
@@ -60,6 +56,11 @@ class Encode:
             BundleError: the bundle cannot be used, or is another than the driver's.
             UsageError: in a call: the device's memory is too small for half of the batch.
         """
+        # Here, so that the driver, which only names this class, need not spend five seconds on loading torch.
+        from picinspector.clip import ClipEncoder
+        from picinspector.device import Cores, pick_device
+        from picinspector.dinov2 import Dinov2Encoder
+
         opened = open_bundle(bundle)
         opened.expect(encoder=fingerprint)
         self._encoders: tuple[Encoder, Encoder] = (
@@ -109,6 +110,8 @@ def within_memory(work: Callable[[slice], _Answer], rows: int, advice: str) -> l
     Raises:
         UsageError: there is no memory for a half either.
     """
+    import torch
+
     try:
         return [work(slice(0, rows))]
     except torch.OutOfMemoryError:
