@@ -139,7 +139,7 @@ def score(work: Work, bundle: Bundle, source: str | None = None) -> None:
                 },
                 batch_size=_SCORE_BATCH,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=4),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=runs.size_scorers(-(-rows // _SCORE_BATCH))),
                 num_cpus=1,
             )
             _write(scored, work, "scores", _SCORED_ROWS_PER_FILE)

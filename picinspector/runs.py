@@ -87,6 +87,14 @@ def is_retry() -> bool:
     return bool(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())  # no public way: 2.60
 
 
+def size_scorers(batches: int) -> int:
+    """Actors of the score pool for so many batches: four at most, and no more than cores where Ray was started here.
+
+    Each takes seconds of CPU to start, in which one that is there scores tens of thousands of photos.
+    """
+    return max(1, min(4, batches, *([_cores()] if _started_here else [])))
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
