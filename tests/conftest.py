@@ -57,6 +57,14 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "PlacementGroupCleanerCallback", impatient)
 
 
+@pytest.fixture
+def light_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that this process drives encode without torch: for tests of what happens around the encoders."""
+    from tests.light_encoder import Encode
+
+    monkeypatch.setattr("picinspector.stages.encode.Encode", Encode)
+
+
 @pytest.fixture(scope="session")
 def captioned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a bundle as `tiny`, with a captioner that babbles."""
@@ -98,6 +106,54 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     halve(folder / "dinov2" / "model.safetensors")
     yield folder
     shutil.rmtree(folder)
+
+
+#: In one line what goes to one process, because it shares what takes long to make. The lines that take longest come
+#: first, so that no process is left alone with one of them at the end.
+_LONGEST_FIRST = (
+    ("test_pipeline.py",),
+    ("test_resume.py",),
+    ("test_full_size.py", "test_parity.py"),  # models of full size
+    ("test_deploy.py", "test_jobs.py", "test_training_jobs.py"),  # a Ray head, which idles until the end of the session
+    ("test_faults_workers.py",),
+    ("test_train_attributes.py",),
+    ("test_faults_s3.py",),
+    ("test_train_captioner.py",),
+    ("test_captions_job.py",),
+    ("test_readme.py",),
+    ("test_nightly.py",),
+    ("test_verify.py",),
+    ("test_notebook.py",),
+    ("test_observability.py",),
+    ("test_train_scorer.py",),
+    ("test_odd_names.py",),
+    ("test_prune.py",),
+)
+_PLACE = {name: place for place, names in enumerate(_LONGEST_FIRST) for name in names}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from taking files with many tests for those that take longest."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    items.sort(key=lambda item: _PLACE.get(item.path.name, len(_PLACE)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`, with files of one line as if they were one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return str(_PLACE.get(Path(file).name, file))
+
+    return Together(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -49,6 +49,7 @@ def test_rescoring_reads_no_photo_and_loads_no_encoder(tmp_path: Path, tiny: Pat
     assert before.column("quality_score") != after.column("quality_score")
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_three_nights(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_three_nights(
     assert latest == {path.name for path in library.iterdir()}
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_a_hook_that_fails_is_told_and_loses_nothing(tmp_path: Path, tiny: Path) -> None:
     photo(tmp_path / "library" / "a.png", 1)
     dest, options = tmp_path / "dest", pipeline.Options(bundle=str(tiny), show_progress=False)

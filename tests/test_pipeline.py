@@ -113,6 +113,7 @@ def test_rescoring_with_other_encoders_is_refused(scored: Scored, tmp_path: Path
         pipeline.rescore(str(scored.dest), options(folder))
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_night_after_night(tmp_path: Path, tiny: Path) -> None:
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 6)
@@ -158,6 +159,7 @@ def test_night_after_night(tmp_path: Path, tiny: Path) -> None:
     assert pipeline.plan_score(str(library), str(dest), options(other))["to_do"] == 1
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_what_was_not_committed_is_not_there(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 4)
@@ -177,6 +179,7 @@ def test_what_was_not_committed_is_not_there(tmp_path: Path, tiny: Path, monkeyp
     assert len(best(tables.Destination(str(dest)), 50)) == 4
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_dry_run_and_limit(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 5)
@@ -193,6 +196,7 @@ def test_dry_run_and_limit(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["counts"]["scored"] == 3
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_transient_failures_are_named_and_tried_again(tmp_path: Path, tiny: Path) -> None:
     # A port nobody listens on: refused connections are transient, a file that is not there is not.
     (tmp_path / "list.csv").write_text("uri\nhttp://127.0.0.1:9/a.jpg\nmissing.jpg\n")
@@ -235,6 +239,7 @@ def test_against_s3(scored: Scored, tiny: Path, s3_server: S3Server, s3_bucket: 
         assert secret.encode() not in client.get_object(Bucket=s3_bucket, Key=key)["Body"].read(), key
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_a_photo_put_back_is_done_again(tmp_path: Path, tiny: Path) -> None:
     """The newest row of a photo counts, not whether its version was ever seen."""
     library, dest = tmp_path / "library", tmp_path / "dest"
@@ -256,6 +261,7 @@ def test_a_photo_put_back_is_done_again(tmp_path: Path, tiny: Path) -> None:
     assert [row["run_id"] for row in latest] == [third["run_id"]]
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_an_interrupted_run_is_finished_by_the_same_command(tmp_path: Path, tiny: Path) -> None:
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 30)
