@@ -49,30 +49,44 @@ class Outcome:
     """What a contender did in a round.
 
     Attributes:
-        rate: photos/s of the large library, from the first work to the table written.
-        steady_rate: photos/s beyond those of the small library.
-        start_s: seconds that the slope leaves over: start-up.
+        small, large: photos of the two libraries.
+        small_s, large_s: seconds they took, from the first work to the table written.
         peak_bytes: of memory, over the large library.
     """
 
-    rate: float
-    steady_rate: float
-    start_s: float
+    small: int
+    large: int
+    small_s: float
+    large_s: float
     peak_bytes: int
 
-    @classmethod
-    def of(cls, seconds: Mapping[int, float], peak_bytes: int) -> Outcome:
-        """From the seconds for two numbers of photos."""
-        small, large = sorted(seconds)
-        steady_rate = (large - small) / (seconds[large] - seconds[small])
-        return cls(large / seconds[large], steady_rate, seconds[small] - small / steady_rate, peak_bytes)
+    @property
+    def rate(self) -> float:
+        """Photos/s of the large library, start-up included."""
+        return self.large / self.large_s
+
+
+def steady_rates(outcomes: Sequence[Outcome]) -> list[float]:
+    """Photos/s once it runs, one a round: of the photos and the seconds that the large library has more.
+
+    Start-up varies by more than a few photos take, so the small library's seconds are the median of all rounds.
+
+    Raises:
+        RuntimeError: a large library took no longer than the small one: too short, or the machine too busy, to tell.
+    """
+    small_s = statistics.median(outcome.small_s for outcome in outcomes)
+    if any(outcome.large_s <= small_s for outcome in outcomes):
+        raise RuntimeError(
+            "the large library took no longer than the small one: use more --photos, or a quieter machine"
+        )
+    return [(outcome.large - outcome.small) / (outcome.large_s - small_s) for outcome in outcomes]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=libraries.SIZES, default="12mp", help="of the photos (default 12mp)")
-    parser.add_argument("--photos", type=int, default=160, help="in the large library (default 160)")
+    parser.add_argument("--photos", type=int, default=128, help="in the large library (default 128)")
     parser.add_argument("--rounds", type=int, default=3, help="the medians count (default 3)")
     parser.add_argument("--only", nargs="+", choices=[OURS, *PEERS], help="contenders (default all)")
     parser.add_argument("--scratch", type=Path, help="where libraries and tables go; default a temporary folder")
@@ -125,7 +139,7 @@ def race(name: str, scratch: Path, photos: int) -> tuple[Outcome, dict[str, dict
         if finished.answer["photos"] != count:
             raise RuntimeError(f"{name} did {finished.answer['photos']} of {count} photos")
         seconds[count], peak_bytes = finished.answer["seconds"], finished.peak_bytes
-    return Outcome.of(seconds, peak_bytes), read_embeddings(out)
+    return Outcome(small, photos, seconds[small], seconds[photos], peak_bytes), read_embeddings(out)
 
 
 def sample(photos: Path, folder: Path, count: int) -> Path:
@@ -176,38 +190,41 @@ def check_same(tables: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
                 )
 
 
-def rows(outcomes: dict[str, list[Outcome]]) -> list[ratios.Row]:
+def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[ratios.Row]:
     """The ratios of `ours` to each peer that was measured."""
-    if OURS not in outcomes:
-        return []
+    peers = {name: peer for name, peer in PEERS.items() if name in outcomes} if OURS in outcomes else {}
+    steady = {name: steady_rates(rounds) for name, rounds in outcomes.items()} if peers else {}
+    rates = {name: [outcome.rate for outcome in rounds] for name, rounds in outcomes.items()}
+    memory = {name: [outcome.peak_bytes / 1e9 for outcome in rounds] for name, rounds in outcomes.items()}
     found = []
-    for what in ("steady_rate", "rate"):
-        for name, (title, target) in PEERS.items():
-            if name in outcomes:
-                measured = {one: [getattr(outcome, what) for outcome in outcomes[one]] for one in (OURS, name)}
-                of = " / ".join(f"{statistics.median(measured[one]):.1f}" for one in (OURS, name))
-                title_of = f"photos/s over {title}{', start-up included' if what == 'rate' else ''}"
-                found.append(ratios.Row(title_of, ratios.over(measured, OURS, name), target, figures=f"{of} photos/s"))
-    for name, (title, _) in PEERS.items():
-        if name in outcomes:
-            memory = {one: [outcome.peak_bytes / 1e9 for outcome in outcomes[one]] for one in (OURS, name)}
-            of = " / ".join(f"{statistics.median(memory[one]):.2f}" for one in (OURS, name))
-            target = _MEMORY_TARGET if name == "plain_ray" else None
+    for measured, words in ((steady, ""), (rates, ", start-up included")):
+        for name, (title, target) in peers.items():
+            of = f"{statistics.median(measured[OURS]):.2f} / {statistics.median(measured[name]):.2f} photos/s"
             found.append(
-                ratios.Row(f"peak memory over {title}", ratios.over(memory, OURS, name), target, True, f"{of} GB")
+                ratios.Row(f"photos/s over {title}{words}", ratios.over(measured, OURS, name), target, figures=of)
             )
+    for name, (title, _) in peers.items():
+        of, target = f"{statistics.median(memory[OURS]):.2f} / {statistics.median(memory[name]):.2f} GB", None
+        if name == "plain_ray":
+            target = _MEMORY_TARGET
+        found.append(ratios.Row(f"peak memory over {title}", ratios.over(memory, OURS, name), target, True, of))
     return found
 
 
-def figures(outcomes: dict[str, list[Outcome]]) -> str:
+def figures(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """What each contender did: medians, as Markdown."""
     lines = ["\n| contender | steady photos/s | photos/s | start-up s | peak GB |", "|---|---|---|---|---|"]
     for name, rounds in outcomes.items():
-        steady, rate, start, peak = (
-            statistics.median(getattr(outcome, what) for outcome in rounds)
-            for what in ("steady_rate", "rate", "start_s", "peak_bytes")
+        steady, small_s = (
+            statistics.median(steady_rates(rounds)),
+            statistics.median([outcome.small_s for outcome in rounds]),
         )
-        lines.append(f"| {name} | {steady:.2f} | {rate:.2f} | {start:.1f} | {peak / 1e9:.2f} |")
+        rate, peak = (
+            statistics.median([outcome.rate for outcome in rounds]),
+            statistics.median([one.peak_bytes for one in rounds]),
+        )
+        start_s = small_s - rounds[0].small / steady
+        lines.append(f"| {name} | {steady:.2f} | {rate:.2f} | {start_s:.1f} | {peak / 1e9:.2f} |")
     return "\n".join(lines)
 
 

@@ -49,14 +49,20 @@ def test_a_closer_photo_is_noticed_where_all_are_close() -> None:
         peers.check_same({"x": _table(a=a, b=b), "y": _table(a=b, b=a)})
 
 
+def _outcome(small_s: float, large_s: float, peak_bytes: int = 1) -> peers.Outcome:
+    return peers.Outcome(10, 50, small_s, large_s, peak_bytes)
+
+
 def test_the_slope_leaves_start_up_out() -> None:
-    """Ten photos in 15 s and fifty in 35 s: two a second, after ten seconds."""
-    outcome = peers.Outcome.of({10: 15.0, 50: 35.0}, peak_bytes=0)
-    assert (outcome.rate, outcome.steady_rate, outcome.start_s) == (50 / 35, 2.0, 10.0)
+    """Forty photos more in 20 s and in 40 s more than the small library's median, 15 s."""
+    rounds = [_outcome(15, 35), _outcome(90, 55), _outcome(15, 35)]
+    assert peers.steady_rates(rounds) == [2.0, 1.0, 2.0]
+    assert [outcome.rate for outcome in rounds] == [50 / 35, 50 / 55, 50 / 35]
+    with pytest.raises(RuntimeError, match="quieter machine"):
+        peers.steady_rates([_outcome(15, 15)])
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    ours = [peers.Outcome(3.0, 4.0, 1.0, 1), peers.Outcome(6.0, 8.0, 1.0, 1)]
-    ray = [peers.Outcome(1.0, 2.0, 1.0, 2), peers.Outcome(2.0, 2.0, 1.0, 4)]
+    ours, ray = [_outcome(0, 25, 1), _outcome(0, 5, 1)], [_outcome(0, 50, 2), _outcome(0, 50, 4)]
     found = {row.what: list(row.ratios) for row in peers.rows({"ours": ours, "plain_ray": ray})}
-    assert list(found.values()) == [[2.0, 4.0], [3.0, 3.0], [0.5, 0.25]]
+    assert list(found.values()) == [[2.0, 10.0], [2.0, 10.0], [0.5, 0.25]]
