@@ -44,6 +44,7 @@ class _Stage:
 
     rows: int = 0
     busy_s: float = 0.0
+    fetch_s: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     workers: set[str] = field(default_factory=set)
     memory_bytes: int = 0
@@ -56,6 +57,7 @@ class _Stage:
     def add(self, batch: Batch, now: float) -> None:
         self.rows += batch.rows
         self.busy_s += batch.busy_s
+        self.fetch_s += batch.fetch_s
         self.errors.update(batch.errors)
         self.workers.add(batch.worker)
         self.memory_bytes = max(self.memory_bytes, batch.memory_bytes)
@@ -82,6 +84,8 @@ class _Stage:
             "peak_memory_bytes": self.memory_bytes,
             "errors_by_kind": dict(self.errors),
         }
+        if name == "read":
+            record["fetch_s"] = round(self.fetch_s, 3)
         if name in _ON_DEVICE:
             room = span * len(self.workers)
             record |= {"peak_device_bytes": self.device_bytes, "use": round(self.busy_s / room, 3) if room else 0.0}
@@ -148,9 +152,9 @@ class Reporter:
         By stage: `rows`; `busy_s`, the seconds its workers spent in it, waiting for storage included; `span_s`, from
         the begin of its first batch to the end of its last; `photos_per_busy_s`; `workers`, the processes;
         `peak_memory_bytes`, resident, of the largest of them, with what it shares with others; `errors_by_kind`, of
-        errors that arose there. Stages that hold a device also have `peak_device_bytes`, null without a GPU, and
-        `use`: `busy_s` as a share of `span_s` times `workers`. A batch that Ray did twice, because a node was lost,
-        is counted twice.
+        errors that arose there. `read` also has `fetch_s`, what of `busy_s` it waited for storage. Stages that hold a
+        device also have `peak_device_bytes`, null without a GPU, and `use`: `busy_s` as a share of `span_s` times
+        `workers`. A batch that Ray did twice, because a node was lost, is counted twice.
         """
         return self._stages
 

@@ -41,7 +41,7 @@ STATUS = {
     "RequestTimeTooSkewed": 403,
 }
 #: What may happen to a transfer instead.
-TRANSFER = ("refuse", "reset", "short", "long", "slow", "hang", "none")
+TRANSFER = ("refuse", "reset", "short", "long", "slow", "late", "hang", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Fault:
     Attributes:
         kind: one of `STATUS`, which is answered without asking the server; or of `TRANSFER`: `refuse` closes the
             connection unanswered, `reset` resets it amid the body, `short` announces and sends half of the body, `long`
-            announces more than there is, `slow` sends a tenth of the body every `seconds`, `hang` never answers,
-            `none` passes the request on.
+            announces more than there is, `slow` sends a tenth of the body every `seconds`, `late` asks the server
+            after `seconds`, `hang` never answers, `none` passes the request on.
         pattern: a regular expression, looked for in method and path.
         times: the first so many requests of each method and path; None is all.
         probability: of each of those, drawn by the seed, the kind, method, path and number of the request.
-        seconds: of `slow`.
+        seconds: of `slow` and `late`.
         action: called, in a thread, before anything else happens.
     """
 
@@ -145,6 +145,8 @@ class FaultProxy:
             return _refusal(kind)
         if kind == "refuse":
             return _cut(request, reset=True)
+        if kind == "late" and fault is not None:
+            await asyncio.sleep(fault.seconds)
         if kind == "hang":
             await self._released.wait()
             return _cut(request, reset=False)

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from picinspector import logs, progress, redaction, schema, storage
 from picinspector.cli import main
+from picinspector.manifest import list_library
 from picinspector.photo import Limits
 from picinspector.redaction import redact, scrub
 from picinspector.stages import Batch, count_kinds, describe_batch, peak_memory_bytes
@@ -85,8 +86,22 @@ def test_a_stage_adds_up() -> None:
         "peak_device_bytes": 9,
         "use": 0.25,  # 6 of 2 x 12 s
     }
-    assert "use" not in stage.record("read")
+    read = stage.record("read")
+    assert "use" not in read and read["fetch_s"] == 0.0
     assert progress._Stage().rate() == 0
+
+
+def test_reading_says_what_it_waited_for_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(uris: Sequence[str], *_: object) -> list[bytes]:
+        time.sleep(0.3)
+        return [b"not a photo"] * len(uris)
+
+    monkeypatch.setattr("picinspector.stages.read.fetch", fetch)
+    (tmp_path / "a.jpg").write_bytes(b"not a photo")
+    batches: list[Batch] = []
+    files = pa.concat_tables(list_library(str(tmp_path)))
+    read_photos(files, {}, Limits(), report=batches.append)
+    assert 0.3 <= batches[0].fetch_s <= batches[0].busy_s
 
 
 def test_a_batch_describes_its_process() -> None:

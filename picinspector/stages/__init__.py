@@ -35,6 +35,7 @@ class Batch(NamedTuple):
         worker: the process, as `host:pid`.
         memory_bytes: the most resident memory that process has had, with what it shares with others.
         device_bytes: the most memory it has had on its GPU; None without one.
+        fetch_s: of `busy_s`, what it waited for storage.
     """
 
     stage: str
@@ -44,13 +45,14 @@ class Batch(NamedTuple):
     worker: str
     memory_bytes: int
     device_bytes: int | None
+    fetch_s: float = 0.0
 
 
 #: Told of each batch once it is done.
 Report = Callable[[Batch], None]
 
 
-def describe_batch(stage: str, rows: int, errors: Mapping[str, int], started: float) -> Batch:
+def describe_batch(stage: str, rows: int, errors: Mapping[str, int], started: float, fetch_s: float = 0.0) -> Batch:
     """The `Batch` that ends now in this process and began at `started`, of `time.perf_counter`."""
     return Batch(
         stage=stage,
@@ -60,6 +62,7 @@ def describe_batch(stage: str, rows: int, errors: Mapping[str, int], started: fl
         worker=f"{socket.gethostname()}:{os.getpid()}",
         memory_bytes=peak_memory_bytes(),
         device_bytes=_peak_device_bytes(),
+        fetch_s=fetch_s,
     )
 
 

@@ -73,9 +73,12 @@ def read_photos(
     sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
     etags: list[str | None] = manifest.column("etag").to_pylist()
     rows: list[dict[str, Any]] = []
+    fetch_s = 0.0
     with Guard(read_photo) if is_retry is not None and is_retry() else nullcontext() as guard:
         for window in _windows(sizes, limits.max_bytes):
+            asked = time.perf_counter()
             fetched = _fetch(uris[window], etags[window], sizes[window], options, limits)
+            fetch_s += time.perf_counter() - asked
             for position, uri in enumerate(uris[window]):
                 photo = (fetched[position], crops, limits, os.path.splitext(uri)[1])  # noqa: PTH122
                 if guard is not None:
@@ -87,7 +90,8 @@ def read_photos(
                 fetched[position] = b""  # each file's bytes go as soon as its pixels are here
     photos = to_table(manifest, rows, tuple(crops))
     if report is not None:
-        report(describe_batch("read", photos.num_rows, count_kinds(photos.column("error_kind")), started))
+        errors = count_kinds(photos.column("error_kind"))
+        report(describe_batch("read", photos.num_rows, errors, started, fetch_s))
     return photos
 
 
