@@ -53,7 +53,7 @@ class Dinov2:
 
 def work(library: Path, out: Path) -> int:
     """Embed a library on a local Ray."""
-    # Actors hold CPUs as long as the job lasts; of two, little would be left to read with. Six decoded most a second.
+    # Actors hold CPUs as long as the job lasts; of two, little would be left to read with. As many as `ours`.
     ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)) + 4, include_dashboard=False)
     # Tasks of eight photos each read and transform in one, so that whole photos stay out of the object store. Ray's own
     # choice for fewer than 200 files does not, and neither would it with models that ask for the same CPUs as a task.
