@@ -5,6 +5,7 @@ builtin attribute head was trained on, so that the photos get grades, and with t
 turns, each in a process of its own:
 
 - bare: `lightgbm.Booster.predict` of the builtin scorer, the same rows as a float32 matrix in memory, all cores;
+- cpu: a core's time for either, in one process, which other programs disturb least;
 - job: `pipeline.rescore`, which reads the rows, also computes attributes, scenes and suggestions in words, and writes
   the scores. Its chain's rate from the first batch to the last, and the whole command with the start of Ray.
 """
@@ -32,6 +33,7 @@ from picinspector import chains, pipeline, runs, schema
 from picinspector.attributes import AttributeHead
 from picinspector.bundle import Bundle, open_bundle
 from picinspector.scorer import Scorer, feature_matrix, to_array
+from picinspector.stages.score import Score, score_columns
 from picinspector.tables import Destination
 
 TARGET = 0.7
@@ -123,6 +125,27 @@ def bare(folder: Path) -> dict[str, float]:
     return {"rows_per_s": len(matrix) / statistics.median(seconds)}
 
 
+def cpu(folder: Path) -> dict[str, float]:
+    """Microseconds of CPU a row in one process: LightGBM alone; the stage; reading what the stage reads."""
+    dest = Destination(folder)
+    path, stage = dest.files_of("embeddings", [dest.runs()[0]["run_id"]])[0], Score("builtin")
+    wanted, scorer = score_columns(open_bundle("builtin")), Scorer(open_bundle("builtin").piece("scorer"))
+    rows = pq.read_table(path, columns=wanted).slice(0, 4096).combine_chunks()
+    matrix = feature_matrix({name: to_array(rows.column(name)) for name in scorer.features}, scorer.features)
+    works = {
+        "bare": (lambda: scorer._booster.predict(matrix, num_threads=1), len(matrix)),
+        "stage": (lambda: stage(rows), len(matrix)),
+        "read": (lambda: pq.read_table(path, columns=wanted, use_threads=False), pq.read_metadata(path).num_rows),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(7):
+        for name, (work, count) in works.items():
+            started = time.process_time()
+            work()
+            taken[name].append(1e6 * (time.process_time() - started) / count)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
 def job(folder: Path) -> dict[str, float]:
     """A rescore of a copy of the destination."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -145,10 +168,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the rows are made; default a temporary one")
-    parser.add_argument("--step", choices=["bare", "job"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=["bare", "cpu", "job"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        print(json.dumps({"bare": bare, "job": job}[arguments.step](arguments.folder)))
+        print(json.dumps({"bare": bare, "cpu": cpu, "job": job}[arguments.step](arguments.folder)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch) / "rows"
@@ -157,13 +180,14 @@ def main() -> None:
 
         def alone(step: str) -> dict[str, float]:
             command = [sys.executable, "-m", "benchmarks.rescore", "--step", step, "--folder", str(folder)]
-            finished = ratios.run_alone(command)
+            finished = ratios.run_alone(command, {"OMP_NUM_THREADS": "1"} if step == "cpu" else None)
             return {**finished.answer, "command_s": finished.seconds}
 
         def run_job() -> float:
             jobs.append(alone("job"))
             return jobs[-1]["rows_per_s"]
 
+        each = [alone("cpu") for _ in range(arguments.rounds)]
         measured = ratios.take_turns({"bare": lambda: alone("bare")["rows_per_s"], "job": run_job}, arguments.rounds)
     measured["chain"] = [found["whole_rows_per_s"] for found in jobs]
     measured["command"] = [arguments.rows / found["command_s"] for found in jobs]
@@ -177,6 +201,10 @@ def main() -> None:
                        figures=f"{middle['job']:,.0f} of {middle['bare']:,.0f} rows/s; stage {busy:.0f} us/row"),
             ratios.Row("planning, chain and commit, start of Ray included", ratios.over(measured, "chain", "bare"),
                        figures=f"{middle['chain']:,.0f} rows/s; the chain's step {own:.1f} s"),
+            ratios.Row("CPU of bare LightGBM to that of the stage and its reading, one process",
+                       [found["bare"] / (found["stage"] + found["read"]) for found in each], figures=", ".join(
+                       f"{name} {statistics.median(found[name] for found in each):.1f} us/row"
+                       for name in ("bare", "stage", "read"))),
             ratios.Row("the whole command", ratios.over(measured, "command", "bare"),
                        figures=f"{middle['command']:,.0f} rows/s"),
         ],
