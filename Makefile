@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up what it needs. Wants python3 (3.11 or 3.12), make and a package registry.
+# make demo | test | lint | bench | bench-quick: each sets up what it needs. Wants python3 (3.11 or 3.12), make and a package registry.
 
 # The first Python that is new enough, not too new, and can make virtual environments (Debian splits that off).
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -12,7 +12,7 @@ APT_INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get u
 # The tests' S3 server; start-up and stand-in are in tests/s3_server.py.
 S3_PACKAGES := radosgw ceph-mon ceph-osd ceph-common
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench bench-quick wheel clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed-demo
@@ -30,7 +30,11 @@ lint: .venv/installed-all
 
 # make bench PHOTOS=/folder measures on photos of yours.
 bench: .venv/installed-all
-	@$(BIN)/python -m benchmarks.pipeline $(PHOTOS)
+	@$(BIN)/python -m benchmarks.pipeline $(if $(PHOTOS),--library $(PHOTOS))
+
+# The ratios that a change may break, in under five minutes; fails where one is.
+bench-quick: .venv/installed-all
+	@$(BIN)/python -m benchmarks.quick
 
 # What cluster.yaml copies to every node.
 wheel: .venv/installed-demo
