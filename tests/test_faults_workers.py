@@ -20,6 +20,8 @@ import pytest
 
 from picinspector import pipeline
 from picinspector.cli import main
+from picinspector.stages import encode
+from tests import light_encoder
 from tests.poison import HAZARDS, SmallDevice, poison
 
 #: Seconds are enough on an idle machine.
@@ -115,7 +117,7 @@ def held(root: Path) -> list[int]:
     return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("local_ray", "light_encoder")
 def test_photos_that_kill_their_worker_become_rows(tmp_path: Path, tiny: Path) -> None:
     guilty = {3: "segfault", 4: "abort", 5: "kill", 20: "segfault"}
     make_library(tmp_path / "library", guilty)
@@ -126,7 +128,7 @@ def test_photos_that_kill_their_worker_become_rows(tmp_path: Path, tiny: Path) -
     assert record["counts"]["scored"] == 20
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("local_ray", "light_encoder")
 def test_a_reader_and_an_encoder_that_are_killed_cost_nobody_their_row(tmp_path: Path, tiny: Path) -> None:
     make_library(tmp_path / "library", {20: f"hold {tmp_path}"})
     with Run(tmp_path, tiny) as run:
@@ -179,6 +181,7 @@ def lose_a_node(root: Path, tiny: Path) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    encode.Encode = light_encoder.Encode  # type: ignore[assignment,misc]
     small = {"object_store_memory": 150 * 1024**2}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
     nodes = {

@@ -22,9 +22,11 @@ from PIL import Image
 from picinspector import chains, pipeline
 from picinspector.errors import StorageError, UsageError
 from picinspector.ledger import check_rows, left
+from picinspector.stages import encode
 from picinspector.tables import Destination
+from tests import light_encoder
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = pytest.mark.usefixtures("local_ray", "light_encoder")
 
 PHOTOS, ROWS_PER_FILE, KILLS = 96, 8, 20
 
@@ -39,6 +41,7 @@ def make_library(folder: Path, photos: int) -> None:
 def drive(library: str, dest: str, bundle: str, address: str) -> None:
     """A driver of its own, in a process of its own: small files, so that there is much to be cut short."""
     chains._ROWS_PER_FILE_ON_CPU = chains._SCORED_ROWS_PER_FILE = ROWS_PER_FILE
+    encode.Encode = light_encoder.Encode  # type: ignore[assignment,misc]
     options = pipeline.Options(bundle=bundle, address=address, batch_size=ROWS_PER_FILE, show_progress=False)
     pipeline.score(library, dest, options)
 
@@ -53,7 +56,7 @@ def written(dest: Destination) -> dict[str, tuple[int, int]]:
 def processes() -> Any:
     """Processes that have imported what a driver imports: a kill every few seconds would only hit imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["picinspector.chains", "picinspector.pipeline", "picinspector.stages.encode"])
+    context.set_forkserver_preload(["tests.test_resume"])
     return context
 
 
@@ -107,6 +110,7 @@ def cut_short(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chains, "_ROWS_PER_FILE_ON_CPU", ROWS_PER_FILE)
         patch.setattr(chains, "_SCORED_ROWS_PER_FILE", ROWS_PER_FILE)
+        patch.setattr(encode, "Encode", light_encoder.Encode)
         options = pipeline.Options(bundle=str(tiny), batch_size=ROWS_PER_FILE, show_progress=False)
         record = pipeline.score(str(root / "library"), str(root / "dest"), options)
     assert len(Destination(root / "dest").files_of("embeddings", [record["run_id"]])) == 3
