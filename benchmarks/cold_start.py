@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,7 @@ def main() -> None:
     last = ", ".join(f"{step} {taken:.1f} s" for step, taken in parts[-1].items())
     rows = []
     for name, values in measured.items():
-        figures = f"{sorted(values)[len(values) // 2]:.2f} s" + (f"; the last: {last}" if name == "score" else "")
+        figures = f"{statistics.median(values):.2f} s" + (f"; the last: {last}" if name == "score" else "")
         if name in targets:
             to_target = [value / targets[name] for value in values]
             rows.append(ratios.Row(f"{name}, to {targets[name]:g} s", to_target, 1.0, True, figures))
