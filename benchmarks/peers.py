@@ -7,6 +7,11 @@ process of its own over a large library and over a small one of the same photos,
 - steady photos/s: the slope between the two, which is what a library of any size comes to in the end;
 - peak memory, of the process and all its descendants, over the large library.
 
+Daft wants an older pyarrow than this project does. It lies in a folder of its own, which `--daft` names and which only
+its contender sees; without one Daft is left out::
+
+    pip install --no-deps --target FOLDER daft==0.7.26 'pyarrow<26'
+
 Their embeddings are compared, and it ends with an error where they disagree: other work would be no comparison.
 """
 
@@ -42,6 +47,8 @@ _SMALL, _PART_ONE_BY_ONE = 2 / 5, 1 / 4
 _LEAST_COSINE = 0.98
 #: Ray gives its workers a lower priority than their neighbours on the machine have; the others' workers keep theirs.
 _ENVIRONMENT = {"RAY_worker_niceness": "0"}
+#: By contender: a folder with packages that only it sees.
+_OWN_PACKAGES: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +96,15 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=128, help="in the large library (default 128)")
     parser.add_argument("--rounds", type=int, default=3, help="the medians count (default 3)")
     parser.add_argument("--only", nargs="+", choices=[OURS, *PEERS], help="contenders (default all)")
+    parser.add_argument("--daft", type=Path, help="the folder with Daft and its pyarrow")
     parser.add_argument("--scratch", type=Path, help="where libraries and tables go; default a temporary folder")
     arguments = parser.parse_args()
     names = arguments.only or [OURS, *PEERS]
+    if arguments.daft is not None:
+        _OWN_PACKAGES["daft_batch"] = str(arguments.daft.absolute())
+    elif "daft_batch" in names:
+        names.remove("daft_batch")
+        print("without Daft: --daft names the folder it is in, see --help", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="peers-") as scratch:
         outcomes = measure(names, arguments.size, arguments.photos, arguments.rounds, Path(scratch))
     title = f"{arguments.photos} photos of {arguments.size}, {arguments.rounds} rounds"
@@ -135,7 +148,8 @@ def race(name: str, scratch: Path, photos: int) -> tuple[Outcome, dict[str, dict
         library, out = sample(scratch / "photos", scratch / f"photos-{count}", count), scratch / "out" / name
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", f"benchmarks.contenders.{name}", str(library), str(out)]
-        finished = ratios.run_alone(command, _ENVIRONMENT)
+        packages = {"PYTHONPATH": _OWN_PACKAGES[name]} if name in _OWN_PACKAGES else {}
+        finished = ratios.run_alone(command, _ENVIRONMENT | packages)
         if finished.answer["photos"] != count:
             raise RuntimeError(f"{name} did {finished.answer['photos']} of {count} photos")
         seconds[count], peak_bytes = finished.answer["seconds"], finished.peak_bytes

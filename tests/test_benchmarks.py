@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import peers
-from benchmarks.contenders import daft_batch, dataloader, one_by_one
+from benchmarks.contenders import dataloader, one_by_one
 from jobs.demo import real_photos
 
 
@@ -23,7 +23,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_contenders_without_ray_agree(library: Path, tmp_path: Path) -> None:
     tables = {}
-    for module in (one_by_one, dataloader, daft_batch):
+    for module in (one_by_one, dataloader):
         out = tmp_path / module.__name__
         assert module.work(library, out) == 4
         tables[module.__name__] = peers.read_embeddings(out)
