@@ -41,6 +41,8 @@ from picinspector.stages.read import crops_of, read_photos
 
 #: Photos whose crops are kept in memory: as many as a few batches.
 _KEPT = 64
+#: Ray starts workers ahead, and ends a run's behind it, on the cores where the next contender is measured.
+_SETTLE_S = 5.0
 
 
 def main() -> None:
@@ -68,6 +70,7 @@ def measure(
     """Print the ratios over one library, and return them: to the lower, to both together, decode and memory."""
     cores = ratios.cores()
     runs.connect()
+    time.sleep(2 * _SETTLE_S)
     pools = runs.size_pools(100_000)
     sample = folder or libraries.make(scratch / size, max(_KEPT, 2 * cores), size)
     files = pa.concat_tables(list_library(str(sample))).slice(0, _KEPT)
@@ -112,6 +115,7 @@ def job(uris: Sequence[str], few: int, many: int, options: pipeline.Options, scr
         record = pipeline.score(str(chosen), str(scratch / "tables"), options)
         if record["counts"]["scored"] != photos:
             raise RuntimeError(f"{photos} photos wanted: {record['counts']}")
+        time.sleep(_SETTLE_S)
         return float(record["seconds"]["embed"])
 
     return lambda: (many - few) / (embed_s(many) - embed_s(few))

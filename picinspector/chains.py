@@ -97,7 +97,7 @@ def embed(work: Work, bundle: Bundle) -> None:
             },
             batch_size=pools.batch_size,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pools.encoders),
+            compute=_pool(pools.encoders),
             num_cpus=pools.cpus,
             num_gpus=pools.gpus,
         )
@@ -262,6 +262,11 @@ def _read(
     )
 
 
+def _pool(actors: int) -> ray.data.ActorPoolStrategy:
+    """All actors asked for at once; photos do not wait for the last of them, which may want a node that never comes."""
+    return ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors)
+
+
 def _describe(
     rows: ray.data.Dataset, column: str, pools: runs.Pools, work: Work, bundle: Bundle, report: Reporter
 ) -> ray.data.Dataset:
@@ -279,7 +284,7 @@ def _describe(
         },
         batch_size=pools.batch_size,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pools.captioners),
+        compute=_pool(pools.captioners),
         num_cpus=pools.cpus,
         num_gpus=pools.gpus,
     )

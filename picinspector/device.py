@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,8 +50,8 @@ def to_embeddings(features: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(features.float(), dim=-1).half().cpu().numpy()
 
 
-#: Crops of one call on a core. The maps of so few stay in its caches (EfficientNet-lite0 at 448 px, two cores: 44
-#: photos/s with 4, 35 with 16), and a matrix of 4 x 257 rows keeps its multipliers as busy as one of 32 x 257.
+#: Crops of one call on a core. The maps of so few stay in its caches (EfficientNet-lite0 at 448 px, two cores: 39
+#: photos/s with 4, 28 with 16), and a matrix of 4 x 257 rows keeps its multipliers as busy as one of 32 x 257.
 _PART = 4
 
 
@@ -60,12 +59,11 @@ class Cores:
     """Encoders on the cores of a CPU: every core works on crops of its own, with one thread.
 
     Two threads in one operation wait for each other at its end, and for what else runs on their cores, hundreds of
-    times a call. Measured on two cores with readers beside: 2 to 3 times the photos of two threads in a call.
+    times a call. Measured on two cores (`make bench-quick`): 1.4 times the photos of two threads in a call.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         """Start the threads; None takes as many as torch would."""
-        _keep_freed_memory()
         self._pool = ThreadPoolExecutor(threads or torch.get_num_threads(), "encode", torch.set_num_threads, (1,))
 
     def map(self, calls: Sequence[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]) -> list[np.ndarray]:
@@ -79,15 +77,3 @@ class Cores:
             for call, crops in calls
         ]
         return [np.concatenate([part.result() for part in parts]) for parts in waiting]
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: maps of megabytes would be returned and faulted in again, page by page.
-
-    Measured: 0.2 ms of the kernel's time a photo in place of 4.6. Elsewhere than with glibc it does nothing.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tune is not None:
-        # One arena (those of threads are limited to 64 MB); mapped from 32 MB on, the most allowed; trimmed from 1 GB.
-        for parameter, value in ((-8, 1), (-3, 32 * 1024**2), (-1, 1024**3)):
-            tune(parameter, value)
