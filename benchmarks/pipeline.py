@@ -19,7 +19,6 @@ orchestration costs. With a GPU, or with readers on other machines, the lower of
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import tempfile
@@ -165,5 +164,4 @@ def _one_thread() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_WAIT_POLICY"] = "passive"
     main()

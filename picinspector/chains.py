@@ -97,7 +97,7 @@ def embed(work: Work, bundle: Bundle) -> None:
             },
             batch_size=pools.batch_size,
             batch_format="pyarrow",
-            compute=_pool(pools.encoders),
+            compute=_pool(pools.encoders, pools.at_once),
             num_cpus=pools.cpus,
             num_gpus=pools.gpus,
         )
@@ -262,9 +262,9 @@ def _read(
     )
 
 
-def _pool(actors: int) -> ray.data.ActorPoolStrategy:
-    """All actors asked for at once; photos do not wait for the last of them, which may want a node that never comes."""
-    return ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors)
+def _pool(actors: int, at_once: int) -> ray.data.ActorPoolStrategy:
+    """Photos wait for the first actor only; the others may want nodes that never come."""
+    return ray.data.ActorPoolStrategy(min_size=1, initial_size=at_once, max_size=actors)
 
 
 def _describe(
@@ -284,7 +284,7 @@ def _describe(
         },
         batch_size=pools.batch_size,
         batch_format="pyarrow",
-        compute=_pool(pools.captioners),
+        compute=_pool(pools.captioners, pools.at_once),
         num_cpus=pools.cpus,
         num_gpus=pools.gpus,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -63,8 +65,14 @@ class Cores:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        """Start the threads; None takes as many as torch would."""
-        self._pool = ThreadPoolExecutor(threads or torch.get_num_threads(), "encode", torch.set_num_threads, (1,))
+        """Start the threads; None takes one a core that this process may use."""
+        count, outside = threads or len(os.sched_getaffinity(0)), torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(count, "encode", torch.set_num_threads, (1,))
+        # Each thread has a number of its own, but torch keeps the last one told for those to come: tell it back.
+        together = threading.Barrier(count)
+        for started in [self._pool.submit(together.wait) for _ in range(count)]:
+            started.result()
+        torch.set_num_threads(outside)
 
     def map(self, calls: Sequence[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]) -> list[np.ndarray]:
         """What functions of rows of crops, each given with its crops (B, S, S, 3), return of them: (B, D) each. B >= 1.

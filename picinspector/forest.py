@@ -107,7 +107,8 @@ def _in_float32(thresholds: np.ndarray) -> np.ndarray:
 
     LightGBM takes numbers as close to 0 as `_ZERO` for 0, so these go where 0 goes.
     """
-    nearest = thresholds.astype(np.float32)
+    with np.errstate(over="ignore"):  # LightGBM's infinity is 1e300
+        nearest = thresholds.astype(np.float32)
     rounded = np.where(nearest > thresholds, np.nextafter(nearest, np.float32(-np.inf)), nearest)
     rounded[(thresholds >= -_ZERO) & (thresholds < 0)] = np.nextafter(-_ZERO, np.float32(-np.inf))
     rounded[(thresholds >= 0) & (thresholds < _ZERO)] = _ZERO

@@ -50,6 +50,8 @@ PHOTO_SUFFIXES = frozenset(
 #: Of one JPEG. Progressive ones have about ten; each more is a walk over all coefficients for a handful of bytes, and a
 #: small file could ask for hours of them. (Measured: 27 ms a scan of 289 megapixels that holds nothing.)
 _MAX_SCANS = 100
+#: Start of frame of JPEGs that are lossless, hierarchical or arithmetic-coded (ITU-T T.81, table B.1).
+_RARE_FRAMES = [0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF]
 #: Not a stuffed zero, not a restart, not a fill byte: where entropy-coded data end.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
@@ -163,12 +165,20 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
         )
 
 
-def _check_scans(data: bytes) -> None:
-    values = np.frombuffer(data, np.uint8)
-    marked = values[np.flatnonzero(values[:-1] == 0xFF) + 1]  # four times as fast as `bytes.count` of both
-    if (
-        np.count_nonzero(marked == 0xDA) <= _MAX_SCANS
-    ):  # nearly always; a film behind a phone's photo has some by chance
+def _count_markers(data: bytes) -> np.ndarray:
+    """How often each byte follows an 0xFF, (256,): markers, for in entropy-coded data a zero does, or a restart.
+
+    Metadata may hold such pairs by chance. Four times as fast as `bytes.count` of one pair.
+    """
+    values, counts, step = np.frombuffer(data, np.uint8), np.zeros(256, np.int64), 1024**2
+    for start in range(0, len(values) - 1, step):  # what is made of a file of nothing but 0xFF stays small
+        part = values[start : start + step + 1]
+        counts += np.bincount(part[1:][part[:-1] == 0xFF], minlength=256)
+    return counts
+
+
+def _check_scans(data: bytes, markers: np.ndarray) -> None:
+    if markers[0xDA] <= _MAX_SCANS:  # nearly always; a film behind a phone's photo has some by chance
         return
     place, scans = 2, 0
     while found := _MARKER.search(data, place):
@@ -187,8 +197,10 @@ def _open(data: bytes, limits: Limits, need_px: int) -> tuple[np.ndarray, dict[s
     _check_pixels(width, height, limits)
     pixels = None
     if image.format in ("JPEG", "MPO"):
-        _check_scans(data)
-        pixels = _decode_jpeg(data, image, need_px)
+        markers = _count_markers(data)
+        _check_scans(data, markers)
+        if image.mode == "RGB" and not markers[_RARE_FRAMES].any():
+            pixels = _decode_jpeg(data, image, need_px)
         image.draft(None, (2 * need_px, 2 * need_px))  # keeps at least these, as `_shrink` does
     if pixels is None:
         # Before the EXIF: Pillow looks for a PNG's behind the pixels, and where loading failed there, loading again
@@ -204,14 +216,18 @@ def _open(data: bytes, limits: Limits, need_px: int) -> tuple[np.ndarray, dict[s
 
 
 def _decode_jpeg(data: bytes, header: Image.Image, need_px: int) -> np.ndarray | None:
-    """A sound JPEG of three channels to sRGB pixels as it lies; None where there is anything to be careful about."""
-    width, height = header.size
-    factor = min(header.size) // (2 * need_px)
-    if header.mode != "RGB" or factor >= 16:
-        return None
+    """A sound JPEG, baseline or progressive, of three channels, to sRGB pixels as it lies; None: Pillow is to judge.
+
+    Of other kinds never: a lossless one is decoded in full whatever scale was asked for, past the end of the array.
+    """
+    (width, height), factor = header.size, min(header.size) // (2 * need_px)
     scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(1, factor))
     least = {"min_width": -(-width // scale), "min_height": -(-height // scale)} if scale > 1 else {}
+    if min(-(-width // scale), -(-height // scale)) // (2 * need_px) >= 2:  # `_shrink` has work left
+        return None
     try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
+            return None  # the size that was checked is not the one that would be allocated
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, **least)
     except ValueError:  # strict: also what libjpeg only warns of, as an early end
         return None

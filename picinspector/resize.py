@@ -15,6 +15,11 @@ from PIL import Image
 Resample = Literal["bicubic", "bilinear", "lanczos"]
 
 
+def load() -> None:
+    """Load torch, seconds, so that no photo is blamed for it where it cannot be had."""
+    import torch  # noqa: F401
+
+
 def resize(pixels: np.ndarray, width: int, height: int, resample: Resample = "bicubic") -> np.ndarray:
     """Uint8 (H, W, 3) to uint8 (height, width, 3), as Pillow's `Image.resize` to 0.2/255 on average, 5/255 at worst."""
     if pixels.shape[:2] == (height, width):

@@ -133,13 +133,14 @@ class Pools:
     """How a run uses the cluster.
 
     Attributes:
-        encoders: actors in the encode pool, at most; the pool starts with one and grows.
+        encoders: actors in the encode pool, at most.
         gpus: GPUs of each, may be a fraction; 0 encodes on the CPU.
         cpus: logical CPUs of each, of captioners as well, and on the CPU their torch threads.
         batch_size: photos of one encoder call.
         block_rows: photos of one read task.
         readers: read tasks at once, at most; None lets Ray Data decide, which on two cores starts too many.
         captioners: actors in the caption pool, at most; 0 without captions. Each has the GPUs of an encoder.
+        at_once: actors that a pool asks for at its start: no more than fit the cluster as it is, beside the other pool.
     """
 
     encoders: int
@@ -149,6 +150,7 @@ class Pools:
     block_rows: int
     readers: int | None
     captioners: int = 0
+    at_once: int = 1
 
     def describe(self) -> dict[str, Any]:
         """For the run record."""
@@ -198,7 +200,8 @@ def size_pools(
     block = max(8, min(max(64, batch), even))
     actors = encoders or fitting
     readers = sum(cores) if _started_here else None
-    return Pools(actors, gpus, cpus, batch, block, readers, actors if captions else 0)
+    at_once = min(actors, fitting)
+    return Pools(actors, gpus, cpus, batch, block, readers, actors if captions else 0, at_once)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------

@@ -16,14 +16,16 @@ import skimage.data
 import torchvision.transforms as T  # noqa: N812 (torchvision's own documentation calls it T)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from benchmarks import fuzz as fuzz_corpus
 from benchmarks.fuzz import decode_all, mutants
 from picinspector import schema
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.measure import measure
-from picinspector.photo import WORKING_PX, CropSpec, Limits, Photo, decode
+from picinspector.photo import WORKING_PX, CropSpec, Limits, Photo, _count_markers, _open, decode
+from picinspector.resize import load
+from picinspector.stages.guard import Guard
 from tests import poison
 from tests.awkward import CAMERA_FACTS, QUADRANTS, Case, camera_exif, dng, encode, hazards, make_corpus, png, quadrants
 
@@ -455,3 +457,47 @@ def test_what_kills_or_hangs_is_seen_by_the_fuzz(monkeypatch: pytest.MonkeyPatch
         "spin": "hang",
         "sleep 0": "scored",
     }
+
+
+def lossless_jpeg(side_px: int) -> bytes:
+    """Three channels of one grey, by predictor 1 with one Huffman code, of length 1: no difference (T.81, annex H)."""
+    size = side_px.to_bytes(2, "big")
+    frame = b"\xff\xc3\x00\x11\x08" + size + size + b"\x03\x01\x11\x00\x02\x11\x00\x03\x11\x00"
+    table = b"\xff\xc4\x00\x14\x00\x01" + b"\x00" * 15 + b"\x00"
+    scan = b"\xff\xda\x00\x0c\x03\x01\x00\x02\x00\x03\x00\x01\x00\x00"
+    return b"\xff\xd8" + frame + table + scan + b"\x00" * (side_px * side_px * 3 // 8 + 1) + b"\xff\xd9"
+
+
+def test_a_lossless_jpeg_does_not_go_past_its_array() -> None:
+    """libjpeg-turbo scales none: simplejpeg would have it write in full into an array of a quarter."""
+    data = lossless_jpeg(2101)
+    with Guard(decode, memory_bytes=2 * 1024**3, prepare=load) as guard:
+        try:
+            working = guard(data, [], Limits()).working
+        except PhotoError as error:
+            assert error.kind != ErrorKind.CRASHED, error.message
+        else:
+            assert working.shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "form", [{}, {"progressive": True}, {"subsampling": 0}], ids=["baseline", "progressive", "444"]
+)
+def test_sound_jpegs_have_pillows_pixels(orientation: int, form: dict[str, Any]) -> None:
+    """Whichever decoder it is, and whether it scales; 2096 px is just enough for half."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph(2210, 2096), "JPEG", quality=90, exif=exif, **form)
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft(None, (1024, 1024))
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    pixels, facts = _open(data, Limits(), 512)
+    assert np.array_equal(pixels, expected)
+    assert (facts["height"], facts["width"]) == ((2096, 2210) if orientation < 5 else (2210, 2096))
+
+
+def test_a_file_of_nothing_but_markers_costs_little() -> None:
+    assert _count_markers(b"\xff" * (3 * 1024**2 + 1))[0xFF] == 3 * 1024**2
+    assert _count_markers(b"\xff\xda" * 700_000)[0xDA] == 700_000, "pairs across slices count once"
+    assert not _count_markers(b"").any() and not _count_markers(b"\xff").any()

@@ -83,7 +83,7 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_device_bytes() -> int | None:
-    torch = sys.modules.get("torch")  # a reader has not loaded it, and need not
+    torch = sys.modules.get("torch")  # a scorer has not loaded it, and need not
     if torch is None or not torch.cuda.is_initialized():
         return None
     return int(torch.cuda.max_memory_allocated())

@@ -34,7 +34,11 @@ class Guard(Generic[_Answer]):
     """A function called in a child process, one call after the other."""
 
     def __init__(
-        self, function: Callable[..., _Answer], timeout_s: float = TIMEOUT_S, memory_bytes: int | None = None
+        self,
+        function: Callable[..., _Answer],
+        timeout_s: float = TIMEOUT_S,
+        memory_bytes: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -43,8 +47,9 @@ class Guard(Generic[_Answer]):
             timeout_s: processor time after which a call dies; see `deadline`.
             memory_bytes: address space that the child may add to what its modules take; half of this machine's memory
                 if None.
+            prepare: called once in each child, before its memory is bounded: to load what the function needs.
         """
-        self._function, self._timeout_s = function, timeout_s
+        self._function, self._prepare, self._timeout_s = function, prepare, timeout_s
         self._memory_bytes = memory_bytes if memory_bytes is not None else machine_memory_bytes() // 2
         # Not forked: this process has threads, and a lock that one of them holds would stay shut in the child.
         self._context = multiprocessing.get_context("spawn")
@@ -80,7 +85,7 @@ class Guard(Generic[_Answer]):
 
     def _start(self) -> Connection:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._function, self._timeout_s, self._memory_bytes)
+        arguments = (theirs, self._function, self._prepare, self._timeout_s, self._memory_bytes)
         child = self._context.Process(target=_serve, args=arguments, daemon=True)
         child.start()
         theirs.close()  # else the end of the child would not end the connection
@@ -113,11 +118,19 @@ class Guard(Generic[_Answer]):
         return f"decoding it kills its process ({cause})"
 
 
-def _serve(connection: Connection, function: Callable[..., Any], timeout_s: float, memory_bytes: int) -> None:
+def _serve(
+    connection: Connection,
+    function: Callable[..., Any],
+    prepare: Callable[[], None] | None,
+    timeout_s: float,
+    memory_bytes: int,
+) -> None:
     """The child: answers calls until nobody makes any more."""
     for timer in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(timer, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if prepare is not None:
+        prepare()
     with contextlib.suppress(ValueError, OSError):  # the system has a lower limit, or cannot limit it at all
         # torch alone maps gigabytes of libraries, which cost nothing until they are used.
         limit = _address_space_bytes() + memory_bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from picinspector import schema
+from picinspector import resize, schema
 from picinspector.bundle import Bundle
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.measure import measure
@@ -68,13 +68,14 @@ def read_photos(
         report: called after the batch.
     """
     started = time.perf_counter()
+    resize.load()
     options = storage_options.reveal() if storage_options is not None else None
     uris: list[str] = manifest.column("uri").to_pylist()
     sizes: list[int | None] = manifest.column("size_bytes").to_pylist()
     etags: list[str | None] = manifest.column("etag").to_pylist()
     rows: list[dict[str, Any]] = []
     fetch_s = 0.0
-    with Guard(read_photo) if is_retry is not None and is_retry() else nullcontext() as guard:
+    with Guard(read_photo, prepare=resize.load) if is_retry is not None and is_retry() else nullcontext() as guard:
         for window in _windows(sizes, limits.max_bytes):
             asked = time.perf_counter()
             fetched = _fetch(uris[window], etags[window], sizes[window], options, limits)
