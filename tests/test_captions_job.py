@@ -14,6 +14,7 @@ from picinspector.choice import Choice, best, choose
 from picinspector.cli import main
 from picinspector.errors import UsageError
 from picinspector.tables import Destination
+from tests.light_encoder import Encode
 from tests.test_pipeline import make_library, options
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -42,7 +43,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory, local_ray: None, captioned_
     root = tmp_path_factory.mktemp("captions")
     make_library(root / "library", 12)
     (root / "library" / "broken.jpg").write_bytes(b"no photo")
-    pipeline.score(str(root / "library"), str(root / "dest"), options(captioned_bundle))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("picinspector.stages.encode.Encode", Encode)
+        pipeline.score(str(root / "library"), str(root / "dest"), options(captioned_bundle))
     return root
 
 
@@ -133,6 +136,7 @@ def test_a_bundle_without_a_captioner_says_so(scored: Path, tiny: Path, tmp_path
     assert not (tmp_path / "new" / "embeddings").exists()
 
 
+@pytest.mark.usefixtures("light_encoder")
 def test_tables_of_an_older_version_are_read_and_described(tmp_path: Path, captioned_bundle: Path) -> None:
     make_library(tmp_path / "library", 4)
     dest = tmp_path / "dest"

@@ -174,7 +174,7 @@ def test_clocks_that_are_wrong(tmp_path: Path) -> None:
     assert times == [None, None, datetime(1970, 1, 1, tzinfo=UTC)]
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("local_ray", "light_encoder")
 def test_every_odd_name_is_scored_once(s3_server: S3Server, s3_bucket: str, tmp_path: Path, tiny: Path) -> None:
     """One run over a list of both libraries; its URIs, out of the tables, fetch the photos again."""
     local = make_folder(tmp_path / "photos")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +18,11 @@ from picinspector.captioner import Captioner, load_captioner
 from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.wording import Facts, compose
-from tests.bundles import write_captioner
+from training import captioner_model
 from training.caption_data import fill, from_texts
 from training.caption_report import baselines, text_figures
 from training.captioner_loop import Captions, _batch, _mirror
-from training.captioner_model import PREPROCESS, SPECIAL_TOKENS, small
+from training.captioner_model import PREPROCESS, SPECIAL_TOKENS
 from training.datasets import LabelledPhoto
 from training.ladders import png
 from training.train_captioner import Settings, train
@@ -48,6 +50,19 @@ def make_data(folder: Path, photos: int = 24, text: str | None = None) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def untrained() -> tuple[Any, Any]:
+    """A small captioner with random weights, and its tokenizer: two seconds to make."""
+    return captioner_model.small()
+
+
+@pytest.fixture
+def begun(untrained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings begin with `untrained`; it babbles up to the limit of tokens, which is lower than otherwise."""
+    monkeypatch.setattr(captioner_model, "small", lambda _: copy.deepcopy(untrained))
+    monkeypatch.setattr(captioner_model, "MAX_NEW_TOKENS", 8)
+
+
 def toy(tmp_path: Path, **changes: object) -> Settings:
     settings = Settings(
         data=tmp_path / "data", out=tmp_path / "out", small=True, steps=4, look_steps=2, batch_size=4,
@@ -57,7 +72,7 @@ def toy(tmp_path: Path, **changes: object) -> Settings:
 
 
 def test_a_small_one_is_trained_and_one_that_was_stopped_ends_the_same(
-    local_ray: None, quick_end: None, tmp_path: Path
+    local_ray: None, quick_end: None, begun: None, tmp_path: Path
 ) -> None:
     make_data(tmp_path / "data")
     metrics = train(toy(tmp_path))
@@ -81,13 +96,12 @@ def test_a_small_one_is_trained_and_one_that_was_stopped_ends_the_same(
         train(dataclasses.replace(stopped, steps=8))
 
 
-def test_lora_learns_a_person_s_own_words(local_ray: None, quick_end: None, tmp_path: Path) -> None:
+def test_lora_learns_a_person_s_own_words(
+    local_ray: None, quick_end: None, untrained: tuple[Any, Any], tmp_path: Path
+) -> None:
     """One sentence for every photo is soon learnt; the base's own weights stay as they were."""
     make_data(tmp_path / "data", text="Lovely light!")
-    model, tokenizer = small(seed=1)
-    from training import captioner_model
-
-    captioner_model.write(model, tokenizer, PREPROCESS, tmp_path / "base", torch.float32)
+    captioner_model.write(*untrained, PREPROCESS, tmp_path / "base", torch.float32)
     settings = toy(
         tmp_path, small=False, base=str(tmp_path / "base"), lora_rank=8, steps=60, look_steps=0, checkpoint_steps=60,
         lr=3e-2, workers=2, batch_size=8,
@@ -115,19 +129,21 @@ def test_lora_learns_a_person_s_own_words(local_ray: None, quick_end: None, tmp_
         ({"small": False, "base": "BASE", "lora_rank": 4}, "--look-steps 2: an adapter leaves the vision alone"),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_what_does_not_fit_is_told_in_one_line(
+    tmp_path: Path, untrained: tuple[Any, Any], changes: dict[str, object], message: str
+) -> None:
     make_data(tmp_path / "data", photos=4)
     if changes.get("base") == "BASE":
-        write_captioner(tmp_path / "base")
+        captioner_model.write(*untrained, PREPROCESS, tmp_path / "base", torch.float32)
         changes = changes | {"base": str(tmp_path / "base")}
     with pytest.raises(UsageError, match=message) as error:
         train(toy(tmp_path, **changes))
     assert "\n" not in str(error.value)
 
 
-def test_labels_are_the_answer_s_tokens_alone(tmp_path: Path) -> None:
+def test_labels_are_the_answer_s_tokens_alone(untrained: tuple[Any, Any], tmp_path: Path) -> None:
     data = Captions(make_data(tmp_path / "data"))
-    model, tokenizer = small()
+    model, tokenizer = untrained
     rows = np.array([0, 5])
     batch = _batch(data, tokenizer, model.config, rows, rows, np.array([True, False]))
     for index, row in enumerate(rows.tolist()):
@@ -147,8 +163,8 @@ def test_quadrants_are_mirrored_each_in_its_place() -> None:
     assert _mirror(pixels, 1).flatten().tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
-def test_the_small_captioner_s_vocabulary_writes_any_text() -> None:
-    _, tokenizer = small()
+def test_the_small_captioner_s_vocabulary_writes_any_text(untrained: tuple[Any, Any]) -> None:
+    _, tokenizer = untrained
     assert tokenizer.convert_ids_to_tokens(range(6)) == list(SPECIAL_TOKENS)
     for text in (compose(FACTS), "Ein völlig anderer Satz — 写真。"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text

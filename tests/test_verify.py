@@ -21,6 +21,7 @@ from picinspector.errors import StorageError
 from picinspector.tables import Destination
 from picinspector.verify import Kind, Report, verify
 from tests.bundles import tiny_bundle
+from tests.light_encoder import Encode
 from tests.s3_server import S3Server
 from tests.test_pipeline import make_library, options
 
@@ -35,11 +36,13 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, captioned_bundle: Path, lo
     library, dest, chosen = root / "library", root / "dest", options(captioned_bundle)
     make_library(library, PHOTOS - 1)
     (library / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    pipeline.score(str(library), str(dest), chosen)
-    (library / "000.jpg").write_bytes((library / "002.jpg").read_bytes())
-    (library / "004.jpg").unlink()
-    shutil.copy(library / "006.jpg", library / "added.jpg")
-    pipeline.score(str(library), str(dest), chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("picinspector.stages.encode.Encode", Encode)
+        pipeline.score(str(library), str(dest), chosen)
+        (library / "000.jpg").write_bytes((library / "002.jpg").read_bytes())
+        (library / "004.jpg").unlink()
+        shutil.copy(library / "006.jpg", library / "added.jpg")
+        pipeline.score(str(library), str(dest), chosen)
     pipeline.caption(str(dest), Choice(best=2), chosen)
     pipeline.rescore(str(dest), options(tiny_bundle(root / "other", scorer_seed=1).folder))
     return dest
