@@ -14,6 +14,7 @@ no odds: their transforms are not vectorised.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import math
 import re
@@ -133,7 +134,7 @@ def decode(data: bytes, crops: Sequence[CropSpec], limits: Limits = Limits(), su
             else:
                 pixels, facts = _open(data, limits, need_px)
             working = _working(pixels)
-            facts["phash"] = _phash(working)
+            facts |= {"content_hash": hashlib.sha256(data).hexdigest()[:32], "phash": _phash(working)}
             return Photo(facts, working, _cut(pixels, crops))
     except PhotoError:
         raise
@@ -432,6 +433,7 @@ def _facts(exif: Image.Exif, format_name: str, width: int, height: int) -> dict[
         "exposure_s": _value(_positive, shot.get(tag.ExposureTime)),
         "f_number": _value(_positive, shot.get(tag.FNumber)),
         "focal_length_mm": _value(_positive, shot.get(tag.FocalLength)),
+        "content_hash": None,
         "phash": None,
     }
 

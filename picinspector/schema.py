@@ -90,6 +90,7 @@ FACTS = pa.schema(
         _field("exposure_s", pa.float32(), "EXIF exposure time, s"),
         _field("f_number", pa.float32(), "EXIF f-number"),
         _field("focal_length_mm", pa.float32(), "EXIF focal length, mm"),
+        _field("content_hash", pa.string(), "SHA-256 of the file, its first 32 hex digits; equal for exact copies"),
         _field("phash", pa.uint64(), "64-bit DCT perceptual hash; compare by Hamming distance"),
     ]
 )
@@ -150,6 +151,22 @@ SCORES = pa.schema(
         _field("suggestions", pa.list_(pa.string()), "what would raise the score most, each with its evidence; 0 to 3"),
         _field("scorer_fingerprint", pa.string(), "hash of all that determines the scores", False),
         *_ERROR,
+    ]
+)
+
+#: How the photos of a group are one: the same bytes; the same picture; frames of one moment. `single`: by itself.
+GROUP_KINDS = ("exact", "near", "burst", "single")
+#: One row for each scored photo that is not gone.
+GROUPS = pa.schema(
+    [
+        _field("image_id", pa.string(), "of the image, as in the other tables", False),
+        _field("uri", pa.string(), "where the photo is", False),
+        _field("group_id", pa.string(), "the smallest image_id of the group", False),
+        _field("group_kind", pa.string(), "exact, near, burst, by the loosest tie that holds it; or single", False),
+        _field("group_size", pa.int32(), "photos in the group", False),
+        _field("rank_in_group", pa.int32(), "1 is the one to keep", False),
+        _field("is_best", pa.bool_(), "rank_in_group = 1: true for a single photo too", False),
+        _field("reason", pa.string(), "why it is the pick, or what the pick has before it; null for a single photo"),
     ]
 )
 

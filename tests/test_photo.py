@@ -149,7 +149,7 @@ def test_exif_facts_are_read() -> None:
 
 def test_a_photo_without_exif_has_nulls_for_facts() -> None:
     facts = decode(DATA["photo.bmp"], []).facts
-    assert [name for name, value in facts.items() if value is not None] == ["width", "height", "format", "phash"]
+    assert [name for name, value in facts.items() if value is not None] == ["width", "height", "format", "content_hash", "phash"]
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "WEBP", "HEIF", "AVIF", "TIFF"])

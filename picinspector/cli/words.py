@@ -131,7 +131,8 @@ def judgement_text(row: dict[str, Any]) -> str:
         lines.append("suggestions")
         for suggestion in row["suggestions"]:
             lines += textwrap.wrap(suggestion["text"], _TEXT_WIDTH, initial_indent="  - ", subsequent_indent="    ")
-    facts = [f"{name} {value}" for name, value in row["facts"].items() if value is not None and name != "phash"]
+    said = {name: value for name, value in row["facts"].items() if value is not None and not name.endswith("hash")}
+    facts = [f"{name} {value}" for name, value in said.items()]
     lines.append(f"facts    {one_line(', '.join(facts))}")
     lines.append("measured " + ", ".join(f"{name} {value:.3g}" for name, value in row["measurements"].items()))
     return "\n".join(lines)
