@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import sys
@@ -149,7 +150,9 @@ def test_exif_facts_are_read() -> None:
 
 def test_a_photo_without_exif_has_nulls_for_facts() -> None:
     facts = decode(DATA["photo.bmp"], []).facts
-    assert [name for name, value in facts.items() if value is not None] == ["width", "height", "format", "content_hash", "phash"]
+    known = [name for name, value in facts.items() if value is not None]
+    assert known == ["width", "height", "format", "content_hash", "phash"]
+    assert facts["content_hash"] == hashlib.sha256(DATA["photo.bmp"]).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "WEBP", "HEIF", "AVIF", "TIFF"])
