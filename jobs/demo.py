@@ -16,9 +16,9 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image, ImageDraw, ImageOps
 
-from picinspector.choice import best, failures
 from picinspector.cli import main
 from picinspector.degrade import DEGRADATIONS
+from picinspector.rank import Ranking, failures, rank
 from picinspector.tables import Destination
 
 #: Severities of `picinspector.degrade`.
@@ -84,7 +84,7 @@ def pairs_won(scores: dict[str, float], severity: str = "strong") -> tuple[int, 
 
 def scores_by_name(dest: Destination) -> dict[str, float]:
     """`<photo>/<version>` -> `quality_score` of everything scored in the demo's library."""
-    rows = best(dest, 1_000_000)
+    rows = rank(dest, Ranking(None)).to_pylist()
     return {"/".join(Path(row["uri"]).with_suffix("").parts[-2:]): row["quality_score"] for row in rows}
 
 
@@ -116,7 +116,7 @@ def run(root: Path) -> int:
     dest = Destination(tables)
     print("\nthe ranking (picinspector top demo/tables -n 15)", flush=True)
     main(["top", str(tables), "-n", "15"])
-    rows = best(dest, 1_000_000)
+    rows = rank(dest, Ranking(None)).to_pylist()
     print("\nthe last five")
     for row in rows[-5:]:
         print(f"      {row['quality_score']:>7.2f}  {row['scene']:<10}  {row['uri']}")

@@ -23,8 +23,8 @@ import pyarrow as pa
 from picinspector import chains, lease, ledger, logs, plan, runs, schema
 from picinspector import prune as retention
 from picinspector.bundle import PIECES, Bundle, open_bundle
-from picinspector.choice import Choice, choose
 from picinspector.errors import UsageError
+from picinspector.rank import Choice, choose
 from picinspector.runs import Options as Options  # callers of the jobs fill it in
 from picinspector.stages.score import score_columns
 from picinspector.tables import Destination

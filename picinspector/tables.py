@@ -363,6 +363,11 @@ class Destination:
             newest = "SELECT * FROM source QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY run_id DESC) = 1"
             return _plain(connection.sql(newest).to_arrow_table())
 
+    def columns(self, table: TableName) -> list[str]:
+        """Names of the columns that the newest committed file of a table has; none where there is none."""
+        files = self.files_of(table, [record["run_id"] for record in self.runs()])
+        return list(self._schema(files[-1]).names) if files else []
+
     def has(self, table: TableName) -> bool:
         """True if a committed run has written this table here."""
         return bool(self.files_of(table, [record["run_id"] for record in self.runs()]))

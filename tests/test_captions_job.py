@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from picinspector import pipeline, schema
-from picinspector.choice import Choice, best, choose
 from picinspector.cli import main
 from picinspector.errors import UsageError
+from picinspector.rank import Choice, Ranking, choose, rank
 from picinspector.tables import Destination
 from tests.light_encoder import Encode
 from tests.test_pipeline import make_library, options
@@ -67,7 +67,7 @@ def test_every_photo_is_described_as_it_is_scored(tmp_path: Path, captioned_bund
 
 def test_the_best_are_described_afterwards(scored: Path, captioned_bundle: Path, capsys: Any) -> None:
     dest = scored / "dest"
-    before, ranking = vectors(dest), best(Destination(dest), 12)
+    before, ranking = vectors(dest), rank(Destination(dest), Ranking(12)).to_pylist()
     gone = Path(ranking[1]["uri"])
     gone.rename(gone.with_suffix(".gone"))
     try:
@@ -91,7 +91,7 @@ def test_the_best_are_described_afterwards(scored: Path, captioned_bundle: Path,
     assert vectors(dest) == before
     again = pipeline.caption(str(dest), Choice(best=3), options(captioned_bundle))
     assert again["counts"]["to_do"] == again["counts"]["captions_by_source"].get("unread", 0) + 1 == 1
-    assert [(row["uri"], row["quality_score"]) for row in best(Destination(dest), 12)] == [
+    assert [(row["uri"], row["quality_score"]) for row in rank(Destination(dest), Ranking(12)).to_pylist()] == [
         (row["uri"], row["quality_score"]) for row in ranking
     ]
 
@@ -144,7 +144,7 @@ def test_tables_of_an_older_version_are_read_and_described(tmp_path: Path, capti
     for file in dest.rglob("*.parquet"):
         table = pq.read_table(file, partitioning=None)
         pq.write_table(table.drop_columns([name for name in table.column_names if name in NEW_COLUMNS]), file)
-    assert len(best(Destination(dest), 10)) == 4
+    assert len(rank(Destination(dest), Ranking(10)).to_pylist()) == 4
     with pytest.raises(UsageError, match="an older version wrote these tables, without caption"):
         choose(Destination(dest), Choice(best=1))
 

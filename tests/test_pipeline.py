@@ -20,10 +20,10 @@ from PIL import Image
 
 from picinspector import pipeline, runs, tables
 from picinspector.bundle import seal
-from picinspector.choice import best
 from picinspector.cli import main
 from picinspector.errors import BundleError, StorageError, TableError, UsageError
 from picinspector.manifest import list_library
+from picinspector.rank import Ranking, rank
 from picinspector.stages.single import judge
 from picinspector.storage import StorageOptions
 from tests.awkward import Case, make_corpus
@@ -146,16 +146,20 @@ def test_night_after_night(tmp_path: Path, tiny: Path) -> None:
     assert fourth["counts"]["to_do"] == 1
     rows = [row["run_id"] for row in rows_of(dest, "scores", "uri, run_id") if row["uri"].endswith("/000.jpg")]
     assert sorted(rows) == [first["run_id"], third["run_id"], fourth["run_id"]]
-    newest = [row["run_id"] for row in best(tables.Destination(dest), 100) if row["uri"].endswith("/000.jpg")]
+    newest = [
+        row["run_id"]
+        for row in rank(tables.Destination(dest), Ranking(100)).to_pylist()
+        if row["uri"].endswith("/000.jpg")
+    ]
     assert newest == [fourth["run_id"]]
 
-    before = {row["uri"]: row["quality_score"] for row in best(tables.Destination(dest), 100)}
+    before = {row["uri"]: row["quality_score"] for row in rank(tables.Destination(dest), Ranking(100)).to_pylist()}
     library.rename(tmp_path / "elsewhere")  # rescoring reads no photo
     other = tiny_bundle(tmp_path / "other", scorer_seed=1).folder
     record = pipeline.rescore(str(dest), options(other))
     assert record["counts"]["to_do"] == 8  # the latest row of each photo, not every row ever written
     assert record["counts"]["errors_by_kind"] == first["counts"]["errors_by_kind"]
-    after = best(tables.Destination(dest), 100)
+    after = rank(tables.Destination(dest), Ranking(100)).to_pylist()
     assert {row["uri"] for row in after} == set(before)
     assert {row["run_id"] for row in after} == {record["run_id"]}
     assert any(abs(row["quality_score"] - before[row["uri"]]) > 0.01 for row in after)
@@ -184,10 +188,10 @@ def test_what_was_not_committed_is_not_there(tmp_path: Path, tiny: Path, monkeyp
             pipeline.score(str(library), str(dest), options(tiny))
     assert len(rows_of(dest, "scores")) == 4  # its files lie there ...
     with pytest.raises(UsageError, match="no committed scores"):  # ... and readers do not honour them
-        best(tables.Destination(str(dest)), 5)
+        rank(tables.Destination(str(dest)), Ranking(5)).to_pylist()
     record = pipeline.score(str(library), str(dest), options(tiny))
     assert record["counts"]["to_do"] == 4
-    assert len(best(tables.Destination(str(dest)), 50)) == 4
+    assert len(rank(tables.Destination(str(dest)), Ranking(50)).to_pylist()) == 4
 
 
 @pytest.mark.usefixtures("light_encoder")
@@ -235,11 +239,11 @@ def test_against_s3(scored: Scored, tiny: Path, s3_server: S3Server, s3_bucket: 
 
     mine = {
         row["uri"].removeprefix(f"s3://{s3_bucket}/photos/"): row["quality_score"]
-        for row in best(tables.Destination(url, s3_server.storage_options), 1000)
+        for row in rank(tables.Destination(url, s3_server.storage_options), Ranking(1000)).to_pylist()
     }
     theirs = {
         str(Path(row["uri"]).relative_to(scored.library)): row["quality_score"]
-        for row in best(tables.Destination(scored.dest), 1000)
+        for row in rank(tables.Destination(scored.dest), Ranking(1000)).to_pylist()
     }
     assert mine == pytest.approx(theirs, abs=1e-3)
     again = pipeline.plan_score(f"s3://{s3_bucket}/photos/", url, chosen)
@@ -266,11 +270,11 @@ def test_an_interrupted_run_is_finished_by_the_same_command(tmp_path: Path, tiny
     assert process.returncode == 130, errors
     assert "interrupted; nothing is lost" in errors
     with pytest.raises(UsageError, match="no committed scores"):
-        best(tables.Destination(dest), 5)
+        rank(tables.Destination(dest), Ranking(5)).to_pylist()
     [planned] = tables.Destination(dest).uncommitted()
     record = pipeline.score(str(library), str(dest), options(tiny))
     assert (record["run_id"], record["times_resumed"], record["counts"]["scored"]) == (planned, 1, 30)
-    assert len(best(tables.Destination(dest), 100)) == 30
+    assert len(rank(tables.Destination(dest), Ranking(100)).to_pylist()) == 30
 
 
 def test_secrets_stay_out_of_rays_metadata() -> None:

@@ -14,8 +14,8 @@ import pyarrow.dataset as ds
 import pytest
 
 from picinspector import pipeline, prune, schema
-from picinspector.choice import best
 from picinspector.manifest import image_id
+from picinspector.rank import Ranking, rank
 from picinspector.tables import Destination, TableName
 
 DIM = 4
@@ -145,7 +145,7 @@ def test_folding_on_ray(tmp_path: Path, local_ray: None) -> None:
     write(dest, 40, {"/new": "1"})
     dest.plan({"run_id": night_id(10), "kind": "score"})  # never committed: not ours to touch
     dest.write_parquet(f"{dest.table_path('scores', night_id(10))}/0.parquet", pa.table({"image_id": ["x"]}))
-    before, newest = state(dest), best(dest, 5)
+    before, newest = state(dest), rank(dest, Ranking(5)).to_pylist()
     options = pipeline.Options(show_progress=False)
     days = (datetime.now(UTC) - after(20)).total_seconds() / 86400
     plan = pipeline.prune(dest.root, options, days, dry_run=True)
@@ -154,7 +154,7 @@ def test_folding_on_ray(tmp_path: Path, local_ray: None) -> None:
     report = pipeline.prune(dest.root, options, days)
     assert report == plan
     assert state(dest) == before
-    assert [row["uri"] for row in best(dest, 5)] == [row["uri"] for row in newest]
+    assert [row["uri"] for row in rank(dest, Ranking(5)).to_pylist()] == [row["uri"] for row in newest]
     assert [record["kind"] for record in dest.runs()] == ["fold", "score"]
     [fold, _] = dest.runs()
     assert fold["counts"]["to_do"] == 40

@@ -17,7 +17,7 @@ from PIL import Image
 
 from jobs import demo
 from picinspector import schema
-from picinspector.choice import failures
+from picinspector.rank import failures
 from picinspector.tables import Destination
 
 REPOSITORY = Path(__file__).parent.parent

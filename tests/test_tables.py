@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from picinspector import schema
-from picinspector.choice import best
 from picinspector.errors import StorageError, TableError, UsageError
 from picinspector.ledger import check_manifest, check_rows
 from picinspector.manifest import image_id
+from picinspector.rank import Ranking, rank
 from picinspector.tables import Destination, TableName, new_run_id
 from tests.s3_server import S3Server
 
@@ -165,9 +165,9 @@ def test_the_latest_committed_row_of_each_photo(dest: Destination) -> None:
     assert latest() == before | {"/a.jpg": ten, "/d.jpg": ten, "/e.jpg": ten}
     assert dest.latest("scores", ["quality_score"]).column_names == ["quality_score"]
 
-    found = best(dest, 3)
+    found = rank(dest, Ranking(3)).to_pylist()
     assert [(row["uri"], row["quality_score"]) for row in found] == [("/a.jpg", 10), ("/d.jpg", 10), ("/e.jpg", 10)]
-    assert [row["uri"] for row in best(dest, 99)] == ["/a.jpg", "/d.jpg", "/e.jpg", "/b.jpg"], (
+    assert [row["uri"] for row in rank(dest, Ranking(99)).to_pylist()] == ["/a.jpg", "/d.jpg", "/e.jpg", "/b.jpg"], (
         "a broken photo has no rank"
     )
     assert (found[0]["scene"], found[0]["scorer_kind"]) == ("night", "lightgbm")
@@ -313,7 +313,9 @@ def test_a_destination_on_s3(s3_server: S3Server, s3_bucket: str, prefix: str) -
     assert [record["run_id"] for record in reader.runs()] == ["r1"]
     write(other, "scores", "r2", score_rows({"/a.jpg": 6.0}))
     commit(other, "r2")
-    assert [(row["uri"], row["quality_score"], row["run_id"]) for row in best(reader, 9)] == [("/a.jpg", 6.0, "r2")]
+    assert [(row["uri"], row["quality_score"], row["run_id"]) for row in rank(reader, Ranking(9)).to_pylist()] == [
+        ("/a.jpg", 6.0, "r2")
+    ]
 
     keys = [item["Key"] for item in s3_server.client().list_objects_v2(Bucket=s3_bucket)["Contents"]]
     assert sorted(key.removeprefix(prefix[1:]).lstrip("/") for key in keys) == [

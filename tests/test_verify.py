@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from picinspector import pipeline, prune
-from picinspector.choice import Choice
 from picinspector.cli import main
 from picinspector.errors import StorageError
+from picinspector.rank import Choice
 from picinspector.tables import Destination
 from picinspector.verify import Kind, Report, verify
 from tests.bundles import tiny_bundle

@@ -14,7 +14,7 @@ import typer
 
 import picinspector
 from picinspector import errors, logs
-from picinspector.cli import jobs, looking, models
+from picinspector.cli import curating, jobs, looking, models
 from picinspector.cli.words import complain
 from picinspector.errors import PicInspectorError
 
@@ -84,7 +84,13 @@ for command in (
     jobs.rescore,
     jobs.caption,
     jobs.prune,
-    looking.top,
+    curating.top,
+    curating.bottom,
+    curating.groups,
+    curating.select,
+    curating.search,
+    curating.report,
+    curating.curate,
     looking.diff,
     looking.verify,
     looking.inspect,

@@ -181,7 +181,7 @@ def caption(
 ) -> int:
     """Describe photos of DEST in words: all that are scored, or a choice of them. Reads their pixels again."""
     from picinspector import pipeline
-    from picinspector.choice import Choice
+    from picinspector.rank import Choice
 
     options = pipeline.Options(
         bundle=bundle_path(bundle),

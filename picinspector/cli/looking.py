@@ -26,26 +26,6 @@ from picinspector.errors import UsageError
 _DRIFTED = 4
 
 
-def top(
-    dest: Table,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many.")] = 20,
-    as_json: Json = False,
-    storage_options: StorageOptions = None,
-) -> int:
-    """Print the best photos of DEST, the newest committed score of each."""
-    from picinspector.choice import best
-    from picinspector.tables import Destination
-
-    rows = best(Destination(dest, parse_options(storage_options)), count)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    print(f"{'rank':>4}  {'quality':>7}  {'scene':<10}  photo")
-    for rank, row in enumerate(rows, 1):
-        print(f"{rank:>4}  {row['quality_score']:>7.2f}  {row['scene']:<10}  {one_line(row['uri'])}")
-    return 0
-
-
 def diff(
     dest: Table,
     runs: Annotated[

@@ -138,6 +138,55 @@ def judgement_text(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ranking_text(rows: list[dict[str, Any]]) -> str:
+    """A ranking as a table; the measure has a column of its own where it is not the score."""
+    mixed = any(row["value"] != row["quality_score"] for row in rows)
+    lines = [f"{'rank':>4}  {'value  ' if mixed else ''}{'quality':>7}  {'scene':<10}  photo"]
+    for row in rows:
+        value = f"{row['value']:>5.1f}  " if mixed else ""
+        lines.append(
+            f"{row['rank']:>4}  {value}{row['quality_score']:>7.2f}  {row['scene']:<10}  {one_line(row['uri'])}"
+        )
+    return "\n".join(lines)
+
+
+def groups_text(said: dict[str, Any]) -> str:
+    """What was grouped."""
+    names = {"exact": "of exact copies", "near": "of near-duplicates", "burst": "of bursts"}
+    lines = [
+        f"{said['groups'][kind]:>9,} groups {words:<19} {said['photos_in_groups'][kind]:>9,} photos"
+        for kind, words in names.items()
+    ]
+    share = said["superfluous"] / said["photos"] if said["photos"] else 0.0
+    lines.append(
+        f"{said['superfluous']:>9,} of {said['photos']:,} photos ({share:.0%}) have a better one in their group; the "
+        f"largest has {said['largest']:,}"
+    )
+    return "\n".join(lines)
+
+
+def report_text(said: dict[str, Any]) -> str:
+    """What is on a report."""
+    lines = [f"{said['shown']:,} of {said['photos']:,} photos shown, {said['bytes'] / 1e6:,.1f} MB"]
+    if said["unreadable"]:
+        lines.append(f"{said['unreadable']:,} of them could not be read again and have no picture")
+    if said["left_out"]:
+        lines.append(f"{said['left_out']:,} of them have no picture, to keep the page's size")
+    lines.append(f"report: {said['out']}")
+    return "\n".join(lines)
+
+
+def curated_text(said: dict[str, Any]) -> str:
+    """What was grouped, chosen and written."""
+    return "\n".join(
+        [
+            groups_text(said["groups"]),
+            f"{said['selected']:>9,} photos selected: {said['selection']}",
+            report_text(said["report"]),
+        ]
+    )
+
+
 def drift_text(report: dict[str, Any]) -> str:
     """How the scores as of two runs differ, from `drift.compare`, with its `warnings`."""
     counts, moved = report["counts"], report["moved"]

@@ -95,6 +95,26 @@ def judge_bytes(data: bytes | PhotoError, uri: str, bundle: str = "builtin") -> 
     return row
 
 
+def embed_bytes(data: bytes, uri: str, bundle: Bundle) -> dict[str, np.ndarray]:
+    """The embeddings of the photo in these bytes, by their column of the embeddings table; float16 (D,).
+
+    Raises:
+        UsageError: it cannot be decoded.
+    """
+    crops, shown = crops_of(bundle), _shown(uri)
+    manifest = pa.Table.from_pylist([{"image_id": "", "uri": shown}], schema=schema.MANIFEST)
+    photo = to_table(manifest, [read_photo(data, crops, Limits(), _suffix(uri))], tuple(crops))
+    [failed] = photo.select(["error_kind", "error_message"]).to_pylist()
+    if failed["error_kind"] is not None:
+        raise UsageError(f"{shown}: {failed['error_kind']}: {failed['error_message']}; give another photo")
+    from picinspector.stages.encode import Encode
+
+    rows = Encode(os.fspath(bundle.folder))(photo)
+    return {
+        name: rows.column(name).combine_chunks().flatten().to_numpy() for name in ("clip_embedding", "dinov2_embedding")
+    }
+
+
 def pixels_of(data: bytes, uri: str) -> np.ndarray:
     """The photo to look at: uint8 sRGB (H, W, 3), upright, shorter side 512 px or less.
 

@@ -1,0 +1,98 @@
+"""From scores to the photos worth keeping: groups, a selection, a report; and marks for photographers' tools."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from picinspector import groups, report
+from picinspector.selection import Selection, consider, select
+from picinspector.tables import Destination
+from picinspector.xmp.document import Mark
+
+#: Library percentile from which a photo has so many stars: a pyramid as culling photographers build it, few at the top.
+STARS = ((95.0, 5), (80.0, 4), (50.0, 3), (20.0, 2), (0.0, 1))
+#: A photo below this percentile is a reject.
+_REJECTED_BELOW = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `curate` makes.
+
+    Attributes:
+        selection: what to keep.
+        out: where the page goes; None is `<dest>/report.html`.
+        page: what it shows.
+        storage_options: of the photos and of the report.
+    """
+
+    selection: Selection = field(default_factory=lambda: Selection(diversity=0.3))
+    out: str | None = None
+    page: report.Options = field(default_factory=report.Options)
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
+    """Group the photos, choose among them, and write the report.
+
+    The selection lies in `<dest>/groups/selection.parquet`, replaced as a whole.
+
+    Returns:
+        `groups`, see `groups.make`; `selected`, how many; `selection`, where; `report`, see `report.write`; `seconds`
+        of each.
+
+    Raises:
+        UsageError: nothing has been scored here; see `selection.select` for others.
+        StorageError: something cannot be written.
+    """
+    seconds, started = {}, time.monotonic()
+    grouped = groups.make(dest, options.selection.ties)
+    seconds["groups"] = time.monotonic() - started
+    chosen = select(dest, options.selection)
+    path = f"{dest.root}/groups/selection.parquet"
+    dest.write_parquet(path, chosen)
+    seconds["selection"] = time.monotonic() - started - seconds["groups"]
+    page = replace(options.page, storage_options=options.storage_options)
+    out = options.out or f"{dest.url.rstrip('/')}/report.html"
+    shown = report.write(dest, out, page)
+    seconds["report"] = time.monotonic() - started - sum(seconds.values())
+    return {
+        "groups": grouped,
+        "selected": chosen.num_rows,
+        "selection": f"{dest.url.rstrip('/')}/groups/selection.parquet",
+        "report": shown,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+
+
+def marks(dest: Destination, selection: Selection, reject_label: str | None = "Red") -> list[Mark]:
+    """What the sidecars of all photos say of which `selection` chooses: stars, a label for rejects, the scene.
+
+    Stars are those of the library percentile (`STARS`). Rejects are photos in the lowest twentieth, and those of a
+    group that has a better one.
+
+    Args:
+        dest: where they were scored.
+        selection: its filter, order and groups count, not its number.
+        reject_label: of rejects; None labels none.
+    """
+    photos: pa.Table = consider(dest, selection)
+    percentile = photos.column("library_percentile").to_numpy()
+    best = np.asarray(photos.column("is_best"))
+    uris, scenes, scores = (photos.column(name).to_pylist() for name in ("uri", "scene", "quality_score"))
+    return [
+        Mark(
+            uris[row],
+            next(stars for least, stars in STARS if percentile[row] >= least),
+            reject_label if percentile[row] < _REJECTED_BELOW or not best[row] else None,
+            (scenes[row],),
+            scores[row],
+        )
+        for row in range(photos.num_rows)
+    ]

@@ -1,0 +1,348 @@
+"""Groups of photos of which one is enough: exact copies, near-duplicates, bursts. And which of them, and why.
+
+Ties between two photos, from the firmest to the loosest:
+
+- exact: the same bytes, by their hash.
+- near: alike by their embeddings and confirmed by the perceptual hash: a re-encoding, a smaller copy, an edit of the
+  tones, or two frames that hardly differ.
+- burst: shot by one camera within seconds, and alike by their embeddings.
+
+What hangs together by such ties is a group, and its kind is the loosest that is needed to hold it.
+
+The groups lie in `<dest>/groups/groups.parquet`, one row for each scored photo, replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from picinspector import schema
+from picinspector.duplicates import MAX_DISTANCE_BITS
+from picinspector.errors import StorageError
+from picinspector.neighbours import alike
+from picinspector.tables import Destination, database
+from picinspector.vectors import load as load_vectors
+
+#: Scores this close are no reason to prefer a smaller picture: model noise between an original and a copy of it.
+#: A quarter of a point is a fourth of the half-width of the builtin scorer's 90 % interval.
+_SAME_QUALITY = 0.25
+#: What a photo has to be ahead in an attribute (0-100) to be told apart by it.
+_AHEAD = 3.0
+#: Photos whose facts are Python objects at a time.
+_ROWS_AT_ONCE = 20_000
+#: Frames after each that may be of its burst.
+_BURST_FRAMES = 8
+_BEST_IN = {
+    "sharpness": "sharpest",
+    "noisiness": "cleanest",
+    "brightness": "best exposed",
+    "contrast": "best contrast",
+    "colorfulness": "best colour",
+}
+_BEHIND_IN = {
+    "sharpness": "less sharp",
+    "noisiness": "noisier",
+    "brightness": "worse exposed",
+    "contrast": "less contrast",
+    "colorfulness": "less colour",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """What ties two photos together.
+
+    Attributes:
+        near_similarity: cosine of near-duplicates, at least.
+        near_bits: bits of 64 by which their perceptual hashes differ, at most.
+        burst_s: seconds between two frames of a burst, at most; 0 looks for none.
+        burst_similarity: their cosine, at least.
+    """
+
+    near_similarity: float = 0.9
+    near_bits: int = MAX_DISTANCE_BITS
+    burst_s: float = 3.0
+    burst_similarity: float = 0.8
+
+
+def make(dest: Destination, ties: Ties = Ties()) -> dict[str, Any]:
+    """Group the newest committed rows of all scored photos, and write the groups.
+
+    Returns:
+        `photos`, `groups` and `photos_in_groups` by kind, `largest`, `superfluous` (photos that are not the best of
+        theirs), `as_of` (the newest run it saw), `ties`.
+
+    Raises:
+        UsageError: nothing has been scored here, or with two bundles.
+        StorageError: the groups cannot be written.
+    """
+    as_of = max((record["run_id"] for record in dest.runs()), default="")
+    photos = _photos(dest)
+    groups = find(photos, load_vectors(dest, photos), ties)
+    said = {"as_of": as_of, "ties": asdict(ties)}
+    groups = groups.replace_schema_metadata({b"picinspector": json.dumps(said).encode()})
+    dest.write_parquet(f"{dest.root}/groups/groups.parquet", groups)
+    return describe(groups) | said
+
+
+def load(dest: Destination) -> pa.Table | None:
+    """The groups as they were written last, `schema.GROUPS`; None where there are none.
+
+    Raises:
+        StorageError: they cannot be read.
+    """
+    path = f"{dest.root}/groups/groups.parquet"
+    try:
+        with dest.filesystem.open(path, "rb") as file:
+            return pa.parquet.read_table(file)
+    except FileNotFoundError:
+        return None
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"{dest.url}/groups/groups.parquet is damaged; run `picinspector groups` again") from error
+
+
+def current(dest: Destination, ties: Ties = Ties()) -> pa.Table:
+    """The groups; made first where there are none of these ties, or a run has been committed since."""
+    found = load(dest)
+    newest = max((record["run_id"] for record in dest.runs()), default="")
+    said = json.loads((found.schema.metadata or {}).get(b"picinspector", b"{}")) if found is not None else {}
+    if found is None or (said.get("as_of"), said.get("ties")) != (newest, asdict(ties)):
+        make(dest, ties)
+        found = load(dest)
+        assert found is not None
+    return found
+
+
+def describe(groups: pa.Table) -> dict[str, Any]:
+    """Counts of groups and of the photos in them, by kind."""
+    with database(groups=groups) as connection:
+        rows = connection.sql(
+            "SELECT group_kind, count(*) FILTER (is_best), count(*), max(group_size) FROM groups GROUP BY 1"
+        ).fetchall()
+    kinds = {kind: (count, photos, largest) for kind, count, photos, largest in rows}
+    shared = {kind: kinds.get(kind, (0, 0, 0)) for kind in schema.GROUP_KINDS[:-1]}
+    return {
+        "photos": groups.num_rows,
+        "groups": {kind: count for kind, (count, _, _) in shared.items()},
+        "photos_in_groups": {kind: photos for kind, (_, photos, _) in shared.items()},
+        "largest": max((largest for _, _, largest in shared.values()), default=0),
+        "superfluous": sum(photos - count for count, photos, _ in shared.values()),
+    }
+
+
+def _photos(dest: Destination) -> pa.Table:
+    """What groups are made of, of the newest row of each scored photo, by uri."""
+    facts = ["width", "height", "captured_at", "camera", "phash"]
+    older = "content_hash" not in dest.columns("embeddings")
+    facts += [] if older else ["content_hash"]
+    judged = ["quality_score", *(f"attribute_{name}" for name in schema.ATTRIBUTES)]
+    with database() as connection:
+        dest.load_latest(connection, "seen", "embeddings", ["image_id", "uri", "run_id", *facts])
+        dest.load_latest(connection, "scored", "scores", ["image_id", "uri", *judged])
+        rows = connection.sql(
+            f"SELECT image_id, uri, seen.run_id AS embeddings_run_id, {', '.join((*facts, *judged))}"
+            f"{', NULL::VARCHAR AS content_hash' if older else ''} FROM scored JOIN seen USING (image_id, uri) "
+            "WHERE quality_score IS NOT NULL ORDER BY uri"
+        )
+        return rows.to_arrow_table()
+
+
+# --- ties -------------------------------------------------------------------------------------------------------------
+
+
+def find(photos: pa.Table, vectors: np.ndarray, ties: Ties = Ties()) -> pa.Table:
+    """The groups among photos.
+
+    Args:
+        photos: `image_id`, `uri`, `content_hash`, `phash`, `width`, `height`, `captured_at`, `camera`,
+            `quality_score` and the attributes.
+        vectors: float16 (N, D), their embeddings; zeros where there is none.
+        ties: see there.
+
+    Returns:
+        `schema.GROUPS`, in the order of the photos.
+    """
+    exact = _same_bytes(photos)
+    near = _near(photos, vectors, ties)
+    burst = _bursts(photos, vectors, ties)
+    levels = [_components(photos.num_rows, edges) for edges in (exact, [*exact, *near], [*exact, *near, *burst])]
+    return _judge(photos, levels)
+
+
+_Edges = list[np.ndarray]
+
+
+def _same_bytes(photos: pa.Table) -> _Edges:
+    hashes = photos.column("content_hash").combine_chunks().dictionary_encode()
+    code = np.asarray(pc.fill_null(hashes.indices, -1))
+    known = np.flatnonzero(code >= 0)
+    order = known[np.argsort(code[known], kind="stable")]
+    same = code[order][1:] == code[order][:-1]
+    return [np.stack([order[:-1][same], order[1:][same]], axis=1)]
+
+
+def _near(photos: pa.Table, vectors: np.ndarray, ties: Ties) -> _Edges:
+    pairs, _ = alike(vectors, ties.near_similarity)
+    phash = photos.column("phash").to_numpy()
+    bits = np.bitwise_count(phash[pairs[:, 0]] ^ phash[pairs[:, 1]])
+    return [pairs[bits <= ties.near_bits]]
+
+
+def _bursts(photos: pa.Table, vectors: np.ndarray, ties: Ties) -> _Edges:
+    """Frames of one camera, each tied to those of the next seconds that look like it."""
+    if not ties.burst_s:
+        return []
+    timed = np.flatnonzero(np.asarray(pc.and_(pc.is_valid(photos["captured_at"]), pc.is_valid(photos["camera"]))))
+    camera = np.asarray(photos["camera"].combine_chunks().dictionary_encode().indices.take(pa.array(timed)))
+    shot = photos["captured_at"].take(pa.array(timed)).to_numpy().astype("datetime64[us]")
+    order = np.lexsort((timed, shot, camera))
+    timed, camera, shot = timed[order], camera[order], shot[order]
+    gap, edges = np.timedelta64(timedelta(seconds=ties.burst_s)), []
+    for step in range(1, _BURST_FRAMES + 1):
+        close = (camera[step:] == camera[:-step]) & (shot[step:] - shot[:-step] <= gap)
+        pairs = np.stack([timed[:-step][close], timed[step:][close]], axis=1)
+        cosine = np.einsum("nd,nd->n", *(vectors[pairs[:, side]].astype(np.float32) for side in (0, 1)))
+        edges.append(pairs[cosine >= ties.burst_similarity])
+    return edges
+
+
+def _components(count: int, edges: _Edges) -> np.ndarray:
+    joined = np.concatenate([*edges, np.empty((0, 2), np.int64)])
+    graph = coo_array((np.ones(len(joined), bool), (joined[:, 0], joined[:, 1])), shape=(count, count))
+    _, component = connected_components(graph, directed=False)
+    return np.asarray(component, np.int64)
+
+
+# --- the pick ---------------------------------------------------------------------------------------------------------
+
+
+def _judge(photos: pa.Table, levels: list[np.ndarray]) -> pa.Table:
+    group = levels[-1]
+    size = np.bincount(group)[group]
+    kind = np.full(len(group), schema.GROUP_KINDS.index("single"))
+    for index in reversed(range(len(levels))):
+        whole = _distinct(group, levels[index]) == 1
+        kind = np.where((size > 1) & whole[group], index, kind)
+    order, rank = _order(photos, group)
+    ids = np.asarray(photos.column("image_id").to_pylist(), dtype=object)
+    named = np.full(group.max(initial=-1) + 1, None, dtype=object)
+    for row in np.flatnonzero(size > 1).tolist():
+        if named[group[row]] is None or ids[row] < named[group[row]]:
+            named[group[row]] = ids[row]
+    reasons = np.full(len(group), None, dtype=object)
+    for members, rows in _members(photos, order[size[order] > 1], size):
+        reasons[members] = _reasons(rows)
+    columns = {
+        "image_id": photos.column("image_id"),
+        "uri": photos.column("uri"),
+        "group_id": pa.array(np.where(size > 1, named[group], ids), pa.string()),
+        "group_kind": pa.array(np.array(schema.GROUP_KINDS, dtype=object)[kind], pa.string()),
+        "group_size": pa.array(size, pa.int32()),
+        "rank_in_group": pa.array(rank, pa.int32()),
+        "is_best": pa.array(rank == 1),
+        "reason": pa.array(reasons, pa.string()),
+    }
+    return pa.table(columns).cast(schema.GROUPS)
+
+
+def _distinct(group: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """How many of the inner components each group has; (G,)."""
+    pairs = np.unique(np.stack([group, inner], axis=1), axis=0)
+    return np.bincount(pairs[:, 0])
+
+
+def _order(photos: pa.Table, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by group, in each the best first; and each row's rank in its group, from 1.
+
+    The highest score wins. Among those within `_SAME_QUALITY` of it, and so on downwards, the larger picture does.
+    """
+    quality = photos.column("quality_score").to_numpy()
+    best = np.full(group.max(initial=-1) + 1, -np.inf)
+    np.maximum.at(best, group, quality)
+    steps = np.floor((best[group] - quality) / _SAME_QUALITY)
+    pixels = np.asarray(pc.multiply(photos["width"].cast(pa.int64()), photos["height"].cast(pa.int64())))
+    uris = np.argsort(np.argsort(photos.column("uri").to_numpy(zero_copy_only=False), kind="stable"))
+    length = np.asarray(pc.utf8_length(photos.column("uri")))  # "a.jpg" before "a copy.jpg"
+    order = np.lexsort((uris, length, -quality, -pixels, steps, group))
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    rank = np.empty(len(group), np.int64)
+    rank[order] = np.arange(len(group)) - np.repeat(starts, np.diff([*starts, len(group)])) + 1
+    return order, rank
+
+
+def _members(
+    photos: pa.Table, grouped: np.ndarray, size: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+    """Each group's rows and what is known of them, best first; `grouped` has them by group."""
+    start = 0
+    while start < len(grouped):
+        end = start
+        while end < len(grouped) and end - start < _ROWS_AT_ONCE:  # whole groups
+            end += int(size[grouped[end]])
+        rows = photos.take(pa.array(grouped[start:end])).to_pylist()
+        while start < end:
+            count = int(size[grouped[start]])
+            yield grouped[start : start + count], rows[len(rows) - (end - start) :][:count]
+            start += count
+
+
+def _reasons(members: list[dict[str, Any]]) -> list[str]:
+    """Why the first is the pick, and what it has before each of the others."""
+    pick, others = members[0], members[1:]
+    return [_why(pick, others), *(_why_not(other, pick) for other in others)]
+
+
+def _why(pick: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    count = len(others) + 1
+    if all(_is_copy(other, pick) for other in others):
+        return f"One of {count} identical files"
+    ahead = [
+        word
+        for name, word in _BEST_IN.items()
+        if pick[f"attribute_{name}"] >= max(other[f"attribute_{name}"] for other in others) + _AHEAD
+    ]
+    highest = max(other["quality_score"] for other in others)
+    if pick["quality_score"] < highest:  # not by its score, then by its size
+        words = [f"largest ({_megapixels(pick)} MP) of those that score alike"]
+    elif pick["quality_score"] - highest >= _SAME_QUALITY:
+        words = [f"highest score ({pick['quality_score']:.2f}, next {highest:.2f})"]
+    else:
+        words = [f"highest score ({pick['quality_score']:.2f}) by a little"]
+    said = ", ".join([*ahead, *words])
+    return f"{said[0].upper()}{said[1:]}, of {count}"
+
+
+def _why_not(other: dict[str, Any], pick: dict[str, Any]) -> str:
+    if _is_copy(other, pick):
+        return "same file as the pick"
+    words = []
+    if other["width"] * other["height"] < 0.9 * pick["width"] * pick["height"]:
+        words.append(f"smaller ({_megapixels(other)} of {_megapixels(pick)} MP)")
+    behind = {name: pick[f"attribute_{name}"] - other[f"attribute_{name}"] for name in _BEHIND_IN}
+    words += [
+        f"{_BEHIND_IN[name]} (-{behind[name]:.0f})"
+        for name in sorted(behind, key=lambda name: -behind[name])[:2]
+        if behind[name] >= _AHEAD
+    ]
+    if (lower := pick["quality_score"] - other["quality_score"]) >= 0.005:
+        words.append(f"scores {lower:.2f} lower")
+    return ", ".join(words) or "as good as the pick"
+
+
+def _is_copy(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one["content_hash"] is not None and one["content_hash"] == other["content_hash"]
+
+
+def _megapixels(photo: dict[str, Any]) -> str:
+    return f"{photo['width'] * photo['height'] / 1e6:.2g}"
