@@ -11,6 +11,10 @@ APT_INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get u
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 # The tests' S3 server; start-up and stand-in are in tests/s3_server.py.
 S3_PACKAGES := radosgw ceph-mon ceph-osd ceph-common
+# What the tests read sidecars with.
+EXIF_PACKAGES := libimage-exiftool-perl
+# What they look at the report with.
+BROWSER_PACKAGES := chromium
 
 .PHONY: demo test lint bench bench-quick wheel clean
 .DEFAULT_GOAL := demo
@@ -21,6 +25,8 @@ demo: .venv/installed-demo
 # Two files at a time: much of a test of Ray is waiting for Ray.
 test: .venv/installed-all
 	@command -v radosgw >/dev/null || { $(APT_INSTALL) $(S3_PACKAGES) >/dev/null </dev/null; } || true
+	@command -v exiftool >/dev/null || { $(APT_INSTALL) $(EXIF_PACKAGES) >/dev/null </dev/null; } || true
+	@command -v chromium >/dev/null || { $(APT_INSTALL) $(BROWSER_PACKAGES) >/dev/null </dev/null; } || true
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-all
