@@ -13,13 +13,14 @@ no odds: their transforms are not vectorised.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -121,25 +122,51 @@ def decode(data: bytes, crops: Sequence[CropSpec], limits: Limits = Limits(), su
     Raises:
         PhotoError: whatever is wrong with the bytes; never anything else.
     """
-    if not data:
-        raise PhotoError(ErrorKind.EMPTY, "the file is empty")
-    if len(data) > limits.max_bytes:
-        raise PhotoError(ErrorKind.TOO_MANY_BYTES, f"{len(data)} bytes, the limit is {limits.max_bytes}")
+    with _photo_errors(data):
+        pixels, facts = _read(data, limits, max([WORKING_PX, *(spec.resize_px for spec in crops)]), suffix)
+        working = _working(pixels)
+        facts |= {"content_hash": hashlib.sha256(data).hexdigest()[:32], "phash": _phash(working)}
+        return Photo(facts, working, _cut(pixels, crops))
+
+
+def thumbnail(data: bytes, side_px: int, limits: Limits = Limits(), suffix: str = "") -> np.ndarray:
+    """A small picture to look at: uint8 sRGB (H, W, 3), upright, its longer side `side_px` or less.
+
+    Decoded as in `decode`, a JPEG at the smallest DCT scale that suffices; reduced by area averages, without torch.
+
+    Raises:
+        PhotoError: whatever is wrong with the bytes; never anything else.
+    """
+    with _photo_errors(data):
+        pixels, _ = _read(data, limits, max(1, side_px // 2), suffix)
+        height, width = pixels.shape[:2]
+        scale = side_px / max(height, width)
+        if scale >= 1.0:
+            return np.ascontiguousarray(pixels)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+@contextlib.contextmanager
+def _photo_errors(data: bytes) -> Iterator[None]:
+    """Whatever is raised inside becomes this photo's error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata; it belongs to the photo, not in our log
-            need_px = max([WORKING_PX, *(spec.resize_px for spec in crops)])
-            if suffix.lower() in RAW_SUFFIXES:
-                pixels, facts = _open_raw(data, limits, need_px)
-            else:
-                pixels, facts = _open(data, limits, need_px)
-            working = _working(pixels)
-            facts |= {"content_hash": hashlib.sha256(data).hexdigest()[:32], "phash": _phash(working)}
-            return Photo(facts, working, _cut(pixels, crops))
+            yield
     except PhotoError:
         raise
     except Exception as error:
         raise _as_photo_error(error, data) from error
+
+
+def _read(data: bytes, limits: Limits, need_px: int, suffix: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Pixels, upright, of at least twice the side needed where the photo has them; and the facts."""
+    if not data:
+        raise PhotoError(ErrorKind.EMPTY, "the file is empty")
+    if len(data) > limits.max_bytes:
+        raise PhotoError(ErrorKind.TOO_MANY_BYTES, f"{len(data)} bytes, the limit is {limits.max_bytes}")
+    return (_open_raw if suffix.lower() in RAW_SUFFIXES else _open)(data, limits, need_px)
 
 
 def _as_photo_error(error: Exception, data: bytes) -> PhotoError:
