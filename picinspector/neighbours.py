@@ -14,7 +14,7 @@ _BLOCK_ROWS = 2048
 #: Of the inverted file (Sivic & Zisserman 2003; faiss): lists, of which so many are searched, and vectors that each is
 #: learnt from. Measured: `python -m benchmarks.grouping`.
 _LISTS_PER_ROOT = 4
-_PROBES = 8
+_PROBES = 16
 _TRAINED_ON = 40
 
 

@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from picinspector.errors import UsageError
 from picinspector.tables import Destination
 
-#: What photos are compared by. DINOv2 is trained to tell instances apart, CLIP what is on them (Oquab et al. 2023).
-COLUMN = "dinov2_embedding"
+#: What photos are compared by. The builtin bundle's DINOv2 sees a few patches at native pixels, noise and blur, not what
+#: is on a photo; its CLIP does, as that of other bundles: `python -m benchmarks.likeness`.
+COLUMN = "clip_embedding"
 
 
 def stream(dest: Destination, photos: pa.Table, column: str = COLUMN) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -179,10 +179,10 @@ def test_the_index_finds_what_comparing_all_pairs_finds(monkeypatch: pytest.Monk
 
 def commit(dest: Destination, run_id: str, rows: list[dict[str, Any]], vectors: np.ndarray) -> None:
     seen = [row | {"encoder_fingerprint": "e"} for row in rows]
-    wide = schema.embeddings(2, vectors.shape[1])
+    wide = schema.embeddings(vectors.shape[1], 2)
     embeddings = pa.Table.from_pylist(
         [
-            {name: row.get(name) for name in wide.names} | {"dinov2_embedding": list(vectors[i])}
+            {name: row.get(name) for name in wide.names} | {"clip_embedding": list(vectors[i])}
             for i, row in enumerate(seen)
         ],
         schema=wide,

@@ -145,7 +145,7 @@ def _show(rows: pa.Table, as_json: bool, as_csv: bool) -> None:
 
 def groups(
     dest: Table,
-    near_similarity: Nearness = 0.9,
+    near_similarity: Nearness = 0.75,
     near_bits: NearBits = 10,
     burst_seconds: BurstSeconds = 3.0,
     burst_similarity: BurstLikeness = 0.8,
