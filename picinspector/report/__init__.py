@@ -18,7 +18,7 @@ from picinspector.atomic import WholeFileSystem
 from picinspector.errors import StorageError, UsageError
 from picinspector.report import page, thumbnails
 from picinspector.report.digest import Sections, digest
-from picinspector.storage import is_local, is_storage_error, open_filesystem, redact, to_photo_error
+from picinspector.storage import is_local, is_storage_error, local_path, open_filesystem, redact, to_photo_error
 from picinspector.tables import Destination
 
 _MEGABYTE = 1_000_000
@@ -62,6 +62,7 @@ def write(dest: Destination, out: str | os.PathLike[str], options: Options = Opt
         UsageError: nothing is scored here, or even without thumbnails the page is larger than allowed.
         StorageError: the tables cannot be read, or the page cannot be written.
     """
+    _check(os.fspath(out))
     found = digest(dest, options.sections)
     bound = int(options.max_megabytes * _MEGABYTE)
     bare = len(page.render(options.title, found, thumbnails.none_for(found.photos)))
@@ -91,6 +92,12 @@ def write(dest: Destination, out: str | os.PathLike[str], options: Options = Opt
         "thumbnail_px": made.side_px,
         "groups": len(found.groups),
     }
+
+
+def _check(out: str) -> None:
+    """Find out before the work is done what is easily known."""
+    if is_local(out) and os.path.isdir(local_path(out)):  # noqa: PTH112
+        raise StorageError(f"cannot write {redact(out)}: it is a folder; name a file in it, like report.html")
 
 
 def _write(out: str, content: bytes, storage_options: Mapping[str, Any] | None) -> None:

@@ -176,6 +176,11 @@
       if (control.value !== String(state[name])) control.value = state[name];
     }
     byId('range-output').textContent = `${fixed(state.low)} to ${fixed(state.high)}`;
+    const between = byId('low').parentElement;
+    between.style.setProperty('--from', `${(100 * (state.low - 1)) / 9}%`);
+    between.style.setProperty('--to', `${(100 * (10 - state.high)) / 9}%`);
+    byId('low').classList.toggle('above', state.low > 5.5); // or both at the right end could not be parted
+    byId('filters').hidden = byId('filters-toggle').hidden = OWN_SECTIONS.includes(state.view);
     byId('least-output').textContent = String(state.least);
     byId('direction').textContent = state.descending ? '↓' : '↑';
     byId('direction').setAttribute('aria-label', state.descending ? 'Highest first' : 'Lowest first');

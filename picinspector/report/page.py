@@ -28,8 +28,8 @@ from picinspector.report.thumbnails import Thumbnails
 CHUNK = 50
 #: Runs that are listed, the newest.
 RUNS = 20
-#: Longest name that is shown; a path is shown in full in the photo's panel.
-_NAME_CHARACTERS = 200
+#: Of a name; its path is shown in full in the photo's panel.
+_NAME_CHARACTERS = 100
 
 VIEWS = {
     "best": "Best",
@@ -241,7 +241,7 @@ def _photo(photo: Mapping[str, Any], no_thumbnail: str | None) -> dict[str, Any]
     """What the script knows of a photo. Texts are as they are to be shown."""
     uri = str(photo["uri"])
     return {
-        "name": printable(posixpath.basename(uri.rstrip("/")) or uri)[:_NAME_CHARACTERS],
+        "name": _name(uri),
         "path": printable(uri),
         "ratio": round(photo["width"] / photo["height"], 3) if photo["width"] and photo["height"] else 1.5,
         "quality": _rounded(photo["quality_score"], 3),
@@ -268,6 +268,12 @@ def _photo(photo: Mapping[str, Any], no_thumbnail: str | None) -> dict[str, Any]
         "reason": printable(photo["reason"] or ""),
         "missing": printable(no_thumbnail) if no_thumbnail else "",
     }
+
+
+def _name(uri: str) -> str:
+    """The last part of a URI; without its middle where it is very long."""
+    name, half = printable(posixpath.basename(uri.rstrip("/")) or uri), _NAME_CHARACTERS // 2
+    return name if len(name) <= _NAME_CHARACTERS else f"{name[:half]}…{name[-half:]}"
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
