@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mimetypes
 import os
 from collections import Counter
@@ -93,6 +94,8 @@ def write_file(uri: str, content: bytes, options: Mapping[str, Any] | None = Non
     if is_local(uri):
         path = os.path.realpath(path)  # a link stays a link
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        if os.path.isdir(path):  # noqa: PTH112
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         mode = os.stat(path).st_mode if os.path.exists(path) else None  # noqa: PTH110, PTH116
         WholeFileSystem().pipe_file(path, content)
         if mode is not None:

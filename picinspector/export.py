@@ -40,6 +40,8 @@ from picinspector.storage import (
 _LOOKS_AT_ONCE = 32
 #: As `storage.fetch`: no photo that was scored is larger.
 _MAX_BYTES = 512 * 1024**2
+#: docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+_MAX_KEY_BYTES = 1024
 _WEB = ("http://", "https://")
 _S3 = ("s3://", "s3a://")
 #: What a folder takes for its parent, for itself, or for no name at all. Other names are kept as they are.
@@ -95,6 +97,8 @@ def _targets(uris: Sequence[str], target: str) -> dict[str, tuple[str, str | Non
             problem = f"it needs a folder where {blocking} is a file"
         elif not local and not _is_utf8(name):
             problem = "its name is not UTF-8, and an object's must be"
+        elif target.startswith(_S3) and len(path.split("/", 3)[3].encode()) > _MAX_KEY_BYTES:
+            problem = f"its key there would have more than {_MAX_KEY_BYTES} bytes"
         found[uri] = (to_uri(fsspec.filesystem("file"), path) if local else path), problem
     return found
 
