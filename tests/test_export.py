@@ -131,6 +131,7 @@ def test_another_file_at_the_target_stays(tmp_path: Path) -> None:
     write(target / "a.jpg", b"other")  # of the same size
     write(target / "b.jpg", b"longer than it")
     write(target / "c.jpg", b"photo")  # the same bytes, copied by somebody
+    os.utime(target / "b.jpg", ns=(0, Path(uris[1]).stat().st_mtime_ns))  # its time alone proves nothing
     (target / "d.jpg").mkdir()
     done = run(export.plan_copy(uris, str(target)))
     assert states(done) == ["refused", "refused", "already", "refused"]
@@ -289,6 +290,8 @@ def test_links(kind: Any, tmp_path: Path) -> None:
         assert link.samefile(tmp_path / "in" / name)
         assert link.is_symlink() == (kind == "symbolic")
     assert actions.count(run(export.plan_links(uris, str(folder), kind)))["already"] == len(uris)
+    other: Any = "hard" if kind == "symbolic" else "symbolic"
+    assert actions.count(run(export.plan_links(uris, str(folder), other)))["refused"] == len(uris)
 
 
 def test_links_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

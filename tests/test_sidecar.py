@@ -368,6 +368,12 @@ def test_any_marks_one_after_the_other(data: bytes | None, marks: list[Mark]) ->
         assert "Oma & Opa" in values(data)["subject"]
 
 
+def test_a_keyword_stands_in_line_with_the_others() -> None:
+    content = content_of(LIGHTROOM, Mark("a.jpg", keywords=("best", "night")))
+    before = b"     <rdf:li>Oma &amp; Opa</rdf:li>\n"
+    assert before + b"     <rdf:li>best</rdf:li>\n     <rdf:li>night</rdf:li>\n    </rdf:Bag>" in content
+
+
 def test_text_that_xml_cannot_hold_is_cleaned() -> None:
     content = content_of(
         None, Mark("a.jpg", label="a\x00b\ud800\n c", keywords=("\x1b[31m", " x ", "x", "\ufffe", "]]>"))
@@ -402,6 +408,9 @@ BROKEN = {
     "billion laughs": LAUGHS.encode() + simple("", "&a8;"),
     "an entity from outside": b'<!DOCTYPE x SYSTEM "file:///etc/passwd">' + simple("", ""),
     "a DTD in UTF-16": ("\ufeff<!DOCTYPE x [<!ENTITY a 'b'>]>" + simple("", "").decode()).encode("utf-16-le"),
+    "a DTD in EBCDIC": ('<?xml version="1.0" encoding="IBM037"?><!DOCTYPE x>' + simple("", "").decode()).encode(
+        "cp037"
+    ),
     "an unknown entity": simple("", "<xmp:Label>&five;</xmp:Label>"),
     "an unknown encoding": b'<?xml version="1.0" encoding="klingon"?>' + simple("", ""),
     "too large": simple("", " " * 1024**2),
@@ -419,6 +428,13 @@ def test_what_is_no_xmp_is_left_alone(name: str, tmp_path: Path) -> None:
     assert "left alone" in action.note
     assert "\n" not in action.note
     assert (tmp_path / "a.jpg.xmp").read_bytes() == BROKEN[name]
+
+
+@pytest.mark.parametrize("name", ["billion laughs", "an entity from outside", "a DTD in UTF-16"])
+def test_no_parser_sees_a_dtd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etree, "fromstring", None)
+    with pytest.raises(PhotoError, match="its sidecar has a DTD"):
+        edit(BROKEN[name], Mark("a.jpg", 4))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
