@@ -349,7 +349,7 @@ def _photo(row: Mapping[str, Any]) -> dict[str, Any]:
         "attributes": [row[name] for name in _ATTRIBUTES],
         "scene_probability": row[f"scene_{row['scene']}"] if row["scene"] in schema.SCENES else None,
         "suggestions": suggestions,
-        "gain": sum(suggestion["gain"] or 0.0 for suggestion in suggestions),
+        "gain": sum(suggestion.gain for suggestion in gains.values()),  # by today's rules, as `improvable` is
         "group": None,
         "rank_in_group": row["rank_in_group"] if (row["group_size"] or 0) > 1 else None,
         "reason": row["reason"],
