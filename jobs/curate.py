@@ -4,7 +4,7 @@ ray job submit --entrypoint-num-cpus 2 --working-dir . -- python jobs/curate.py 
     -o s3://bucket/report.html
 
 It is one process: `--entrypoint-num-cpus` places it on a node that works, rather than on the head, and
-`--entrypoint-memory` on one with enough memory (see docs/curating.md).
+`--entrypoint-memory` on one with enough memory.
 """
 
 import sys

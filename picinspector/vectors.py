@@ -12,7 +12,7 @@ from picinspector.errors import UsageError
 from picinspector.tables import Destination
 
 #: What photos are compared by. The builtin bundle's DINOv2 sees a few patches at native pixels, noise and blur, not what
-#: is on a photo; its CLIP does, as that of other bundles: `python -m benchmarks.likeness`.
+#: is on a photo; its CLIP does, as that of other bundles.
 COLUMN = "clip_embedding"
 
 
