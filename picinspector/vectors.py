@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from picinspector.errors import UsageError
 from picinspector.tables import Destination
 
-#: What photos are compared by. The builtin bundle's DINOv2 sees a few patches at native pixels, noise and blur, not what
-#: is on a photo; its CLIP does, as that of other bundles.
+#: What photos are compared by. The builtin bundle's DINOv2 sees a few patches at native pixels, noise and blur, not
+#: what is on a photo; its CLIP does, as that of other bundles.
 COLUMN = "clip_embedding"
 
 
