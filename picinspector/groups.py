@@ -148,16 +148,14 @@ def describe(groups: pa.Table) -> dict[str, Any]:
 
 def _photos(dest: Destination) -> pa.Table:
     """What groups are made of, of the newest row of each scored photo, by uri."""
-    facts = ["width", "height", "captured_at", "camera", "phash"]
-    older = "content_hash" not in dest.columns("embeddings")
-    facts += [] if older else ["content_hash"]
+    facts = ["width", "height", "captured_at", "camera", "phash", "content_hash"]
     judged = ["quality_score", *(f"attribute_{name}" for name in schema.ATTRIBUTES)]
     with database() as connection:
         dest.load_latest(connection, "seen", "embeddings", ["image_id", "uri", "run_id", *facts])
         dest.load_latest(connection, "scored", "scores", ["image_id", "uri", *judged])
         rows = connection.sql(
-            f"SELECT image_id, uri, seen.run_id AS embeddings_run_id, {', '.join((*facts, *judged))}"
-            f"{', NULL::VARCHAR AS content_hash' if older else ''} FROM scored JOIN seen USING (image_id, uri) "
+            f"SELECT image_id, uri, seen.run_id AS embeddings_run_id, {', '.join((*facts, *judged))} "
+            "FROM scored JOIN seen USING (image_id, uri) "
             "WHERE quality_score IS NOT NULL ORDER BY uri"
         )
         return rows.to_arrow_table()

@@ -298,14 +298,8 @@ def stale(dest: Destination, bundle: Bundle, counts: dict[str, int]) -> Iterator
 
 def uncaptioned(dest: Destination, images: pa.Table, bundle: Bundle) -> pa.Table:
     """Rows of `STORED`: the newest embeddings of these images (`image_id`) that lack this bundle's caption."""
-    columns = [*schema.MANIFEST.names, "run_id", "error_kind"]
     marks = ["caption_fingerprint", "caption_error"]
-    try:
-        latest = dest.latest("embeddings", [*columns, *marks])
-    except UsageError:  # all rows are an older version's: nothing is captioned
-        latest = dest.latest("embeddings", columns)
-        for name in marks:
-            latest = latest.append_column(name, pa.nulls(latest.num_rows, pa.string()))
+    latest = dest.latest("embeddings", [*schema.MANIFEST.names, "run_id", "error_kind", *marks])
     mine = pc.is_in(latest.column("image_id"), value_set=images.column("image_id").combine_chunks())
     same = pc.fill_null(pc.equal(latest.column("caption_fingerprint"), bundle.caption_fingerprint), False)
     done = pc.and_(same, pc.is_null(latest.column("caption_error")))

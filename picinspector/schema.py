@@ -154,6 +154,13 @@ SCORES = pa.schema(
     ]
 )
 
+
+def optional(table: str) -> pa.Schema:
+    """The columns of a table that readers take for nulls in files of a version that did not write them yet."""
+    fields = {"embeddings": embeddings(1, 1), "scores": SCORES}.get(table, ())
+    return pa.schema([field for field in fields if field.nullable and not pa.types.is_fixed_size_list(field.type)])
+
+
 #: How the photos of a group are one: the same bytes; the same picture; frames of one moment. `single`: by itself.
 GROUP_KINDS = ("exact", "near", "burst", "single")
 #: One row for each scored photo that is not gone.

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
+from picinspector import schema
 from picinspector.atomic import WholeFileSystem
 from picinspector.errors import StorageError, UsageError
 from picinspector.storage import is_local, is_storage_error, open_filesystem, redact, to_photo_error
@@ -274,7 +275,7 @@ class Destination:
         names = pa.array(sorted(run_ids))
         dataset = pa.dataset.dataset(
             files,
-            schema=self._fields(files, columns, run),
+            schema=self._fields(table, files, columns, run),
             filesystem=self.filesystem,
             format="parquet",
             partitioning=pa.dataset.HivePartitioning(pa.schema([run]), dictionaries={"run_id": names}),
@@ -283,16 +284,17 @@ class Destination:
         # Read ahead a little: the columns of sixteen files at once are gigabytes.
         return dataset.scanner(columns=list(columns), batch_readahead=4, fragment_readahead=2)
 
-    def _fields(self, files: Sequence[str], columns: Sequence[str], run: pa.Field) -> pa.Schema:
-        """The fields of the newest file, and columns only older ones have; rows of files without one are null there.
+    def _fields(self, table: TableName, files: Sequence[str], columns: Sequence[str], run: pa.Field) -> pa.Schema:
+        """The fields of the newest file, and those that only older files or only newer versions write: nulls elsewhere.
 
         Raises:
-            UsageError: no file has one of them.
+            UsageError: no file has one of them, and it cannot be null.
         """
         fields = {field.name: field for field in (*self._schema(files[-1]), run)}
         if not fields.keys() >= set(columns):
             one_of_each_run = list({os.path.dirname(file): file for file in files}.values())  # noqa: PTH120
-            for found in reversed(_in_threads(self._schema, one_of_each_run)):
+            known = [*_in_threads(self._schema, one_of_each_run)][::-1]
+            for found in [*known, schema.optional(table)]:
                 fields |= {name: found.field(name) for name in columns if name not in fields and name in found.names}
         if missing := sorted(set(columns) - fields.keys()):
             raise UsageError(f"{self.url}: an older version wrote these tables, without {missing[0]}: score them again")
@@ -362,11 +364,6 @@ class Destination:
         with database(source=source) as connection:
             newest = "SELECT * FROM source QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY run_id DESC) = 1"
             return _plain(connection.sql(newest).to_arrow_table())
-
-    def columns(self, table: TableName) -> list[str]:
-        """Names of the columns that the newest committed file of a table has; none where there is none."""
-        files = self.files_of(table, [record["run_id"] for record in self.runs()])
-        return list(self._schema(files[-1]).names) if files else []
 
     def has(self, table: TableName) -> bool:
         """True if a committed run has written this table here."""

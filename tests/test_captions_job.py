@@ -145,8 +145,9 @@ def test_tables_of_an_older_version_are_read_and_described(tmp_path: Path, capti
         table = pq.read_table(file, partitioning=None)
         pq.write_table(table.drop_columns([name for name in table.column_names if name in NEW_COLUMNS]), file)
     assert len(rank(Destination(dest), Ranking(10)).to_pylist()) == 4
-    with pytest.raises(UsageError, match="an older version wrote these tables, without caption"):
-        choose(Destination(dest), Choice(best=1))
+    assert choose(Destination(dest), Choice(best=1), ["caption", "suggestions"]).to_pylist() == [
+        {"caption": None, "suggestions": None}
+    ]
 
     record = pipeline.rescore(str(dest), options(captioned_bundle))
     assert record["counts"]["to_do"] == 0  # the same scorer has scored them
