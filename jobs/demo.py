@@ -1,4 +1,4 @@
-"""What `make demo` runs: a small library of real photos and their ruins, scored, ranked, shown.
+"""What `make demo` runs: a small library of real photos and their ruins, scored, ranked, grouped, shown.
 
 The photos are the ones scikit-image and scikit-learn carry in their wheels; none of them was trained on. Each is joined
 by controlled degradations of itself, and a few broken files lie among them.
@@ -104,7 +104,7 @@ def draw_gallery(rows: list[dict[str, object]], path: Path, columns: int = 6) ->
 
 
 def run(root: Path) -> int:
-    """Build, score, rank, show; everything below `root`, which is made anew."""
+    """Build, score, rank, curate, show; everything below `root`, which is made anew."""
     shutil.rmtree(root, ignore_errors=True)
     library, tables = root / "library", root / "tables"
     build_library(library)
@@ -127,9 +127,15 @@ def run(root: Path) -> int:
     print(
         f"\nthe photo as it was taken outranks its own strong degradation in {won} of {pairs} pairs ({won / pairs:.0%})"
     )
+    print("\nthose worth keeping (picinspector curate demo/tables --best 12)", flush=True)
+    report = root / "report.html"
+    code = main(["curate", str(tables), "--best", "12", "--title", "PicInspector demo", "-o", str(report)])
+    if code:
+        return code
     gallery = root / "ranking.jpg"
     draw_gallery(rows, gallery)
-    print(f"\ngallery, best first   {gallery}")
+    print(f"\nreport                {report}   (open it in a browser)")
+    print(f"gallery, best first   {gallery}")
     print(f"scores                {tables}/scores/**/*.parquet")
     print(f"embeddings            {tables}/embeddings/**/*.parquet")
     return 0

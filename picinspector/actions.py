@@ -14,6 +14,7 @@ from typing import Any, Literal
 from picinspector.atomic import WholeFileSystem
 from picinspector.errors import PhotoError, PicInspectorError
 from picinspector.storage import is_local, is_storage_error, open_filesystem, to_photo_error
+from picinspector.text import escaped
 
 #: `already`: it is as it should be; `refused`: it cannot or must not be done, for the reason in the note.
 State = Literal["todo", "done", "already", "refused"]
@@ -63,12 +64,7 @@ def describe(action: Action) -> str:
     """An action as one line, whatever is in the names: what cannot be printed is escaped."""
     state = "" if action.state == "todo" else f"{action.state}: "
     note = f" ({action.note})" if action.note else ""
-    return printable(f"{state}{action.kind} {action.source} -> {action.target}{note}")
-
-
-def printable(text: str) -> str:
-    """Text on one line that moves no cursor and turns no letters round."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return escaped(f"{state}{action.kind} {action.source} -> {action.target}{note}")
 
 
 def reason_of(error: Exception) -> str:

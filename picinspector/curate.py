@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from picinspector import groups, report
-from picinspector.selection import Selection, consider, select
+from picinspector.selection import Selection, consider, save, select
 from picinspector.tables import Destination
 from picinspector.xmp.document import Mark
 
@@ -41,7 +41,7 @@ class Options:
 def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
     """Group the photos, choose among them, and write the report.
 
-    The selection lies in `<dest>/groups/selection.parquet`, replaced as a whole.
+    The selection is kept in the destination (`selection.save`), where the report finds it.
 
     Returns:
         `groups`, see `groups.make`; `selected`, how many; `selection`, where; `report`, see `report.write`; `seconds`
@@ -55,8 +55,7 @@ def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
     grouped = groups.make(dest, options.selection.ties)
     seconds["groups"] = time.monotonic() - started
     chosen = select(dest, options.selection)
-    path = f"{dest.root}/groups/selection.parquet"
-    dest.write_parquet(path, chosen)
+    kept_in = save(dest, chosen)
     seconds["selection"] = time.monotonic() - started - seconds["groups"]
     page = replace(options.page, storage_options=options.storage_options)
     out = options.out or f"{dest.url.rstrip('/')}/report.html"
@@ -65,7 +64,7 @@ def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
     return {
         "groups": grouped,
         "selected": chosen.num_rows,
-        "selection": f"{dest.url.rstrip('/')}/groups/selection.parquet",
+        "selection": kept_in,
         "report": shown,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

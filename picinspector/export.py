@@ -51,14 +51,14 @@ _UNSAFE = {"": "%2F", ".": "%2E", "..": "%2E%2E"}
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def relative_names(uris: Sequence[str]) -> list[str]:
-    """A path for each of these photos below some other folder: what follows their common parent.
+def relative_names(uris: Sequence[str], among: Sequence[str] = ()) -> list[str]:
+    """A path for each of these photos below some other folder: what follows the common parent of them and `among`.
 
     Photos of several buckets have the bucket's name in front, of several kinds of store its protocol. No part is `..`,
     `.` or empty, so that no name leads out of a folder.
     """
     parts = [_parts(uri) for uri in uris]
-    columns = zip(*(one[:-1] for one in parts), strict=False)
+    columns = zip(*(one[:-1] for one in (*parts, *map(_parts, among))), strict=False)
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     return ["/".join(_UNSAFE.get(part, part).replace("\0", "%00") for part in one[common:]) for one in parts]
 
@@ -77,12 +77,12 @@ def _parts(uri: str) -> list[str]:
     return ["s3" if protocol == "s3a" else protocol, *rest.split("/")]
 
 
-def _targets(uris: Sequence[str], target: str) -> dict[str, tuple[str, str | None]]:
+def _targets(uris: Sequence[str], target: str, among: Sequence[str]) -> dict[str, tuple[str, str | None]]:
     """Photo -> where it goes, and why it cannot go there."""
     uris = list(dict.fromkeys(uris))
     local = is_local(target)
     root = local_path(target) if local else target.rstrip("/")
-    names = dict(zip(uris, relative_names(uris), strict=True))
+    names = dict(zip(uris, relative_names(uris, among), strict=True))
     taken: dict[str, str] = {}
     for uri, name in names.items():
         taken.setdefault(name, uri)
@@ -114,7 +114,9 @@ def _is_utf8(name: str) -> bool:
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
-def plan_copy(uris: Sequence[str], target: str, options: Mapping[str, Any] | None = None) -> list[Action]:
+def plan_copy(
+    uris: Sequence[str], target: str, options: Mapping[str, Any] | None = None, among: Sequence[str] = ()
+) -> list[Action]:
     """What to copy so that these photos are under another prefix or folder, by their `relative_names`.
 
     From S3 to S3 the store copies by itself; everything else passes through here, a photo at a time in each of a few
@@ -125,6 +127,7 @@ def plan_copy(uris: Sequence[str], target: str, options: Mapping[str, Any] | Non
         uris: of the photos.
         target: a folder or a prefix; it need not be there, but its bucket.
         options: fsspec storage options, of both sides.
+        among: see `relative_names`; with `rank.outermost` names stay the same when others are chosen.
 
     Raises:
         UsageError: the target cannot hold photos.
@@ -142,7 +145,7 @@ def plan_copy(uris: Sequence[str], target: str, options: Mapping[str, Any] | Non
             return Action("copy", uri, path, reason_of(error), "refused")
         return Action("copy", uri, path, note, state, partial(_copy, uri, path, options))
 
-    places = _targets(uris, target)
+    places = _targets(uris, target, among)
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
         return list(pool.map(plan, places, places.values()))
 
@@ -253,13 +256,16 @@ def _copy(uri: str, target: str, options: Mapping[str, Any] | None) -> tuple[Sta
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def plan_links(uris: Sequence[str], folder: str, kind: Literal["hard", "symbolic"]) -> list[Action]:
+def plan_links(
+    uris: Sequence[str], folder: str, kind: Literal["hard", "symbolic"], among: Sequence[str] = ()
+) -> list[Action]:
     """What to link so that these local photos are in another folder too, by their `relative_names`.
 
     Args:
         uris: of the photos.
         folder: a local one; it need not be there.
         kind: hard links need the device of the originals.
+        among: as in `plan_copy`.
 
     Raises:
         UsageError: a photo or the folder is not local, or the folder is a file.
@@ -271,7 +277,7 @@ def plan_links(uris: Sequence[str], folder: str, kind: Literal["hard", "symbolic
         raise UsageError(f"links need a local folder, and {redact(folder)} is not one")
     _check_target(folder, None)
     actions = []
-    for uri, (target, problem) in _targets(uris, folder).items():
+    for uri, (target, problem) in _targets(uris, folder, among).items():
         state: State = "refused"
         if problem is None:
             state, problem = _compare_link(local_path(uri), local_path(target), kind)

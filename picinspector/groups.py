@@ -29,7 +29,6 @@ from scipy.sparse.csgraph import connected_components
 
 from picinspector import schema
 from picinspector.duplicates import MAX_DISTANCE_BITS
-from picinspector.errors import StorageError
 from picinspector.neighbours import alike
 from picinspector.tables import Destination, database
 from picinspector.vectors import load as load_vectors
@@ -105,16 +104,9 @@ def load(dest: Destination) -> pa.Table | None:
     """The groups as they were written last, `schema.GROUPS`; None where there are none.
 
     Raises:
-        StorageError: they cannot be read.
+        StorageError: they are damaged.
     """
-    path = f"{dest.root}/groups/groups.parquet"
-    try:
-        with dest.filesystem.open(path, "rb") as file:
-            return pa.parquet.read_table(file)
-    except FileNotFoundError:
-        return None
-    except pa.ArrowInvalid as error:
-        raise StorageError(f"{dest.url}/groups/groups.parquet is damaged; run `picinspector groups` again") from error
+    return dest.read_parquet(f"{dest.root}/groups/groups.parquet")
 
 
 def current(dest: Destination, ties: Ties = Ties()) -> pa.Table:

@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.projections.polar import PolarAxes
 
 from picinspector.schema import ATTRIBUTES, labels_of
+from picinspector.text import one_line
 from picinspector.wording import GRADES
 
 SIZE_PX = (1320, 825)
@@ -59,7 +60,7 @@ def _photo(axes: Axes, pixels: np.ndarray, uri: str) -> None:
     axes.imshow(pixels, interpolation="antialiased")
     axes.set_axis_off()
     axes.set_anchor("W")
-    name = printable(uri.rstrip("/").rpartition("/")[2] or uri)
+    name = one_line(uri.rstrip("/").rpartition("/")[2] or uri)
     if len(name) > _NAME_CHARACTERS:
         name = f"{name[: _NAME_CHARACTERS // 2 - 1]}…{name[-_NAME_CHARACTERS // 2 :]}"
     axes.set_title(name, loc="left", fontsize=11, color=_MUTED, pad=10, **_PLAIN)
@@ -125,22 +126,17 @@ def _radar(axes: PolarAxes, values: Sequence[float], labels: Sequence[str]) -> N
 
 def _words(figure: Figure, row: Mapping[str, Any]) -> None:
     """The caption, and the suggestions, as many as fit."""
-    caption = textwrap.wrap(printable(row["caption"] or ""), _LINE_CHARACTERS - 20)
+    caption = textwrap.wrap(one_line(row["caption"] or ""), _LINE_CHARACTERS - 20)
     y, left = 0.215, _LINES
     for line in caption[:left]:
         figure.text(0.025, y, line, fontsize=12.5, color=_INK, va="top", **_PLAIN)
         y, left = y - 0.032, left - 1
     y -= 0.012
     for suggestion in row["suggestions"]:
-        lines = textwrap.wrap(printable(suggestion["text"]), _LINE_CHARACTERS)
+        lines = textwrap.wrap(one_line(suggestion["text"]), _LINE_CHARACTERS)
         if len(lines) > left:
             break
         figure.text(0.025, y, "→", fontsize=10.5, color=_BLUE, va="top")
         for line in lines:
             figure.text(0.045, y, line, fontsize=10.5, color=_MUTED, va="top", **_PLAIN)
             y, left = y - 0.028, left - 1
-
-
-def printable(text: str) -> str:
-    """Text on one line, without control characters and those that turn the direction of writing."""
-    return "".join(character if character.isprintable() else "�" for character in text)

@@ -153,6 +153,18 @@ def failures(dest: Destination) -> list[dict[str, Any]]:
     return found
 
 
+def outermost(dest: Destination) -> list[str]:
+    """The first and the last URI of all photos: what both begin with, all do.
+
+    Raises:
+        UsageError: nothing has been scored into this destination.
+    """
+    with database() as connection:
+        dest.load_latest(connection, "latest", "scores", ["uri"])
+        found = connection.execute("SELECT min(uri), max(uri) FROM latest").fetchone() or ()
+    return [str(uri) for uri in found if uri is not None]
+
+
 def _column(measure: str) -> str:
     return measure if measure == "quality_score" else f"attribute_{measure}"
 

@@ -73,6 +73,21 @@ def select(dest: Destination, selection: Selection = Selection()) -> pa.Table:
     return chosen.set_column(chosen.column_names.index("rank"), "rank", place).drop_columns(["embeddings_run_id"])
 
 
+def save(dest: Destination, chosen: pa.Table) -> str:
+    """Keep what `select` chose in the destination, in place of what was kept before; returns the file's URL."""
+    dest.write_parquet(f"{dest.root}/groups/selection.parquet", chosen)
+    return f"{dest.url.rstrip('/')}/groups/selection.parquet"
+
+
+def load(dest: Destination) -> pa.Table | None:
+    """The selection that was kept last, columns of `select`; None where there is none.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    return dest.read_parquet(f"{dest.root}/groups/selection.parquet")
+
+
 def consider(dest: Destination, selection: Selection) -> pa.Table:
     """All photos of which `select` chooses, best first: its columns, `is_best` and `embeddings_run_id`."""
     if not 0 <= selection.diversity <= 1:

@@ -204,6 +204,20 @@ class Destination:
             with self.writer.open(path, "wb") as file:
                 pa.parquet.write_table(table, file, write_page_checksum=True)
 
+    def read_parquet(self, path: str) -> pa.Table | None:
+        """A file that `write_parquet` wrote, whole; None where there is none.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        try:
+            with self.filesystem.open(path, "rb") as file:
+                return pa.parquet.read_table(file)
+        except FileNotFoundError:
+            return None
+        except pa.ArrowInvalid as error:
+            raise StorageError(f"{redact(path)} is damaged; delete it and run the same command again") from error
+
     @contextlib.contextmanager
     def _writing(self, path: str) -> Iterator[None]:
         try:

@@ -29,6 +29,7 @@ from urllib3.util import Url, parse_url
 from picinspector import __version__
 from picinspector.errors import ErrorKind, PhotoError, UsageError
 from picinspector.storage import redact
+from picinspector.text import one_line
 
 #: What one photo may take of memory here; camera JPEG and HEIF files are well below.
 MAX_BYTES = 128 * 1024**2
@@ -270,4 +271,4 @@ def _to_photo_error(error: Exception, deadline: float) -> PhotoError:
 def _show(url: str) -> str:
     """A URL for a message: short, printable, without query and password."""
     shown = redact(url.partition("#")[0])
-    return "".join(character if character.isprintable() else "�" for character in shown[:200])
+    return one_line(shown[:200])

@@ -77,6 +77,12 @@ def test_relative_names(uris: list[str], names: list[str]) -> None:
     assert export.relative_names(uris) == names
 
 
+def test_names_do_not_depend_on_what_else_is_chosen() -> None:
+    among = ["/p/a/x.jpg", "/p/z/x.jpg"]
+    assert export.relative_names(["/p/b/x.jpg"], among) == ["b/x.jpg"]
+    assert export.relative_names(["/p/b/x.jpg", "/p/c/x.jpg"], among) == ["b/x.jpg", "c/x.jpg"]
+
+
 @given(st.lists(st.text("./a%\0\n", max_size=8), min_size=1, max_size=5))
 def test_no_name_leads_out_of_its_folder(keys: list[str]) -> None:
     for name in export.relative_names([f"s3://bucket/{key}" for key in keys]):

@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -22,9 +23,11 @@ from picinspector.errors import ErrorKind, PhotoError, StorageError, UsageError
 from picinspector.photo import thumbnail
 from picinspector.report import Options
 from picinspector.report.digest import GROUP_MEMBERS, Sections, digest
-from picinspector.report.page import policy, printable
+from picinspector.report.page import policy
 from picinspector.report.thumbnails import LEFT_OUT
+from picinspector.selection import save
 from picinspector.tables import Destination
+from picinspector.text import one_line
 from tests.report_library import jpeg, row, write, write_groups
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror='pwned=1'>\"\u2028\u202e\n&amp;"
@@ -119,7 +122,14 @@ def test_which_photos_are_shown(tmp_path: Path) -> None:
     assert len(spread) == found.summary["spread"] == 10
     steps = np.diff([others.index(number) for number in spread])
     assert set(steps) <= {9, 10}
-    assert names(digest(dest, Sections(photos=16, cut=2.0)), "borderline")[0] == "11", "1.99"
+    assert found.summary["cut"] == pytest.approx(5.455) and names(found, "selected") == []
+    chosen = [f"{tmp_path}/{number}.jpg" for number in (98, 3, 7, 20, 95)]
+    save(dest, pa.table({"image_id": [f"{uri}@1" for uri in [*chosen, "/left.jpg"]], "rank": range(1, 7)}))
+    found = digest(dest, Sections(photos=16))
+    assert names(found, "selected") == ["98", "3", "7", "20"], "a quarter of those shown, in their order"
+    assert found.summary["selected"] == 5, "one has left the library since"
+    assert [photo["selected"] for photo in found.photos[:4]] == [1, 2, 3, 4]
+    assert names(found, "borderline")[0] == "95", "the fifth best"
     assert len(digest(dest, Sections(photos=1)).photos) == 1
     everything = digest(dest, Sections(photos=100))
     assert len({photo["uri"] for photo in everything.photos}) == 100
@@ -240,10 +250,10 @@ def test_hostile_texts_are_texts(hostile: Destination, tmp_path: Path) -> None:
     attributes = [(tag, name) for tag, found in page.elements for name in found]
     assert [found for found in attributes if found[1].startswith("on") or found[1] == "style"] == []
     photo = page.data()["photos"][0]
-    assert photo["caption"] == photo["suggestions"][0]["text"] == photo["reason"] == printable(HOSTILE)
-    assert dict(photo["facts"])["camera"] == printable(HOSTILE)
+    assert photo["caption"] == photo["suggestions"][0]["text"] == photo["reason"] == one_line(HOSTILE)
+    assert dict(photo["facts"])["camera"] == one_line(HOSTILE)
     assert photo["name"] == f"{'long' * 12}lo…{('long' * 50 + '��gpj.exe.jpg')[-50:]}"
-    assert page.text.count(printable(HOSTILE)) >= 10
+    assert page.text.count(one_line(HOSTILE)) >= 10
 
 
 def test_nothing_is_asked_of_the_network_and_the_policy_knows_what_runs(hostile: Destination, tmp_path: Path) -> None:

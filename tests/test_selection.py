@@ -132,6 +132,10 @@ def test_select_lists_links_and_marks_and_shows_it_first(tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(command) == 0
     assert "5 already" in capsys.readouterr().err, "a second time there is nothing to do"
+    dest.commit({"run_id": LATER, "library": str(library), "counts": {"to_do": 0}})
+    assert main(["select", dest.url, "--best", "1", "--copy-to", str(library / "best")]) == 0
+    assert "lies in the library" in capsys.readouterr().err
+    assert (library / "best" / "a.jpg").read_bytes() == b"a"
     assert main(["select", dest.url, "--quota", "night"]) == 2
     assert "write it like --quota landscape=50" in capsys.readouterr().err
 

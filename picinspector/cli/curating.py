@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from picinspector.cli.options import BundleRef, Json, StorageOptions, Table, Where, bundle_path, parse_options
-from picinspector.cli.words import complain, curated_text, groups_text, one_line, ranking_text, report_text
+from picinspector.cli.words import complain, curated_text, groups_text, ranking_text, report_text
 from picinspector.errors import UsageError
+from picinspector.text import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,69 +73,46 @@ class Link(StrEnum):
     symbolic = "symbolic"
 
 
-def top(
-    dest: Table,
-    count: Count = 20,
-    by: By = "quality_score",
-    scene: Scene = None,
-    where: Where = None,
-    per: PerOption = None,
-    as_json: Json = False,
-    as_csv: Csv = False,
-    out: TableOut = None,
-    storage_options: StorageOptions = None,
-) -> int:
-    """Rank the photos of DEST, best first, by the newest committed score of each."""
-    return _rank(dest, count, False, by, scene, where, per, as_json, as_csv, out, storage_options)
+def _ranker(name: str, worst: bool, text: str) -> Callable[..., int]:
+    """The command that ranks from this end."""
+
+    def command(
+        dest: Table,
+        count: Count = 20,
+        by: By = "quality_score",
+        scene: Scene = None,
+        where: Where = None,
+        per: PerOption = None,
+        as_json: Json = False,
+        as_csv: Csv = False,
+        out: TableOut = None,
+        storage_options: StorageOptions = None,
+    ) -> int:
+        from picinspector.rank import Ranking, rank
+
+        ranking = Ranking(count, worst, by, scene, where, per.value if per else None)
+        rows = rank(_destination(dest, storage_options), ranking)
+        _show(rows, as_json, as_csv, out, storage_options)
+        return 0
+
+    command.__name__, command.__doc__ = name, text
+    return command
 
 
-def bottom(
-    dest: Table,
-    count: Count = 20,
-    by: By = "quality_score",
-    scene: Scene = None,
-    where: Where = None,
-    per: PerOption = None,
-    as_json: Json = False,
-    as_csv: Csv = False,
-    out: TableOut = None,
-    storage_options: StorageOptions = None,
-) -> int:
-    """Rank the photos of DEST, worst first."""
-    return _rank(dest, count, True, by, scene, where, per, as_json, as_csv, out, storage_options)
+top = _ranker("top", False, "Rank the photos of DEST, best first, by the newest committed score of each.")
+bottom = _ranker("bottom", True, "Rank the photos of DEST, worst first.")
 
 
-def _rank(
-    dest: str,
-    count: int,
-    worst: bool,
-    by: str,
-    scene: str | None,
-    where: str | None,
-    per: Per | None,
-    as_json: bool,
-    as_csv: bool,
-    out: str | None,
-    storage_options: str | None,
-) -> int:
-    from picinspector.rank import Ranking, rank
-    from picinspector.tables import Destination
-
-    options = parse_options(storage_options)
-    ranking = Ranking(count, worst, by, scene, where, per.value if per else None)
-    rows = rank(Destination(dest, options), ranking)
+def _show(
+    rows: pa.Table, as_json: bool, as_csv: bool, out: str | None = None, storage_options: str | None = None
+) -> None:
+    """Print photos, or write them to `out`."""
     if out is not None:
         from picinspector.export import write_table
 
-        write_table(rows, out, options)
+        write_table(rows, out, parse_options(storage_options))
         print(f"{rows.num_rows:,} photos written to {out}", file=sys.stderr)
-    else:
-        _show(rows, as_json, as_csv)
-    return 0
-
-
-def _show(rows: pa.Table, as_json: bool, as_csv: bool) -> None:
-    if as_json:
+    elif as_json:
         print(json.dumps(rows.to_pylist(), indent=2))
     elif as_csv:
         writer = csv.DictWriter(sys.stdout, rows.column_names, lineterminator="\n")
@@ -197,6 +176,7 @@ def select(
     from picinspector import export, sidecar
     from picinspector import selection as choosing
     from picinspector.curate import marks
+    from picinspector.rank import outermost
 
     if copy_to is not None and link_to is not None:
         raise UsageError("give --copy-to or --link-to, not both")
@@ -206,20 +186,29 @@ def select(
     uris = chosen.column("uri").to_pylist()
     actions: list[Action] = []
     if copy_to is not None:
-        actions += export.plan_copy(uris, copy_to, options)
+        _warn_of_libraries(tables, copy_to)
+        actions += export.plan_copy(uris, copy_to, options, outermost(tables))
     if link_to is not None:
-        actions += export.plan_links(uris, link_to, link.value)
+        _warn_of_libraries(tables, link_to)
+        actions += export.plan_links(uris, link_to, link.value, outermost(tables))
     if xmp is not None:
         said = marks(tables, wanted, reject_label or None)
         actions += sidecar.plan(said, xmp.value, overwrite_ratings, options)
-    if not dry_run:
-        if list_to is not None:
-            export.write_list(uris, list_to, options)
-        if out is not None:
-            export.write_table(chosen, out, options)
-    if out is None or dry_run:
-        _show(chosen, as_json, as_csv)
+    if list_to is not None and not dry_run:
+        export.write_list(uris, list_to, options)
+    _show(chosen, as_json, as_csv, None if dry_run else out, storage_options)
     return _carry_out(actions, dry_run)
+
+
+def _warn_of_libraries(dest: Destination, target: str) -> None:
+    from picinspector.export import lies_within
+
+    libraries = {str(record["library"]) for record in dest.runs() if record.get("library")}
+    for library in sorted(one for one in libraries if lies_within(target, one)):
+        print(
+            f"note: {one_line(target)} lies in the library {one_line(library)}, whose next run will score the copies",
+            file=sys.stderr,
+        )
 
 
 def _carry_out(actions: list[Action], dry_run: bool) -> int:
@@ -272,13 +261,7 @@ def search(
             raise UsageError(f"{one_line(like)}: {data.kind.value}: {data.message}; give another photo")
         query, column = embed_bytes(data, like, opened)[COLUMN], COLUMN
     rows = nearest(_destination(dest, storage_options), opened, query, column, count, where)
-    if out is not None:
-        from picinspector.export import write_table
-
-        write_table(rows, out, options)
-        print(f"{rows.num_rows:,} photos written to {out}", file=sys.stderr)
-    else:
-        _show(rows, as_json, as_csv)
+    _show(rows, as_json, as_csv, out, storage_options)
     return 0
 
 

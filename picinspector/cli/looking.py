@@ -20,8 +20,9 @@ from picinspector.cli.options import (
     bundle_path,
     parse_options,
 )
-from picinspector.cli.words import complain, critique_text, drift_text, judgement_text, one_line, verified_text
+from picinspector.cli.words import complain, critique_text, drift_text, judgement_text, verified_text
 from picinspector.errors import UsageError
+from picinspector.text import one_line
 
 _DRIFTED = 4
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from picinspector import logs
 from picinspector.storage import redact
+from picinspector.text import one_line
 
 _TEXT_WIDTH = 100
 
@@ -269,8 +270,3 @@ def critique_text(record: dict[str, Any]) -> str:
     if record["critique_id"]:
         lines.append(f"written to {record['destination']}/critiques/critique_id={record['critique_id']}")
     return "\n".join(lines)
-
-
-def one_line(text: str) -> str:
-    """A file name as it may be shown in a terminal: no line breaks, no escape sequences."""
-    return "".join(character if character.isprintable() else "�" for character in text)

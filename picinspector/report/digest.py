@@ -14,6 +14,7 @@ from picinspector import schema
 from picinspector.errors import ErrorKind
 from picinspector.feedback import MOS_PER_POINT, TARGET, Suggestion, suggest
 from picinspector.groups import load as load_groups
+from picinspector.selection import load as load_selection
 from picinspector.tables import Destination, database
 
 #: Bars of the histogram: quarters of a point from 1 to 10.
@@ -28,6 +29,7 @@ _CANDIDATES = 10
 
 _FACTS = tuple(name for name in schema.FACTS.names if name not in ("content_hash", "phash"))
 _ATTRIBUTES = tuple(f"attribute_{name}" for name in schema.ATTRIBUTES)
+_NO_SELECTION = pa.schema([("image_id", pa.string()), ("rank", pa.int64())])
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -38,19 +40,20 @@ class Sections:
     Attributes:
         photos: in all, at most. What the others leave is spread evenly over the ranking.
         best, worst: by `quality_score`.
-        borderline: closest to `cut`.
+        selected: of the selection that `curate` made, in its order; a quarter of `photos` at most.
+        borderline: closest to the score above which there are as many photos as were selected; without a selection,
+            to the median.
         improvable: with the largest gain that their suggestions promise.
         groups: groups of more than one photo, the largest first. Their members take half of `photos` at most.
-        cut: a `quality_score` that decides, as that of a selection; None: the median.
     """
 
     photos: int = 2000
+    selected: int = 500
     best: int = 60
     worst: int = 60
     borderline: int = 60
     improvable: int = 60
     groups: int = 200
-    cut: float | None = None
 
 
 @dataclass(slots=True)
@@ -60,7 +63,7 @@ class Digest:
     Attributes:
         summary: figures over all photos: see `_summary`.
         photos: a row each, by what it was chosen for; see `_photo`.
-        views: for `best`, `worst`, `borderline`, `improvable` the places in `photos`, in the view's order.
+        views: for `selected`, `best`, `worst`, `borderline`, `improvable` the places in `photos`, in the view's order.
         groups: group_id, kind, size, and the places of the members that are shown, the pick first.
         errors: by kind, most first: kind, count, transient, examples (uri, message).
         runs: records of the committed runs, newest first, and how many rows of the ranking each gave.
@@ -83,9 +86,10 @@ def digest(dest: Destination, sections: Sections = Sections()) -> Digest:
     with database() as connection:
         dest.load_latest(connection, "scores", "scores", [*schema.SCORES.names, "run_id"])
         dest.load_latest(connection, "facts", "embeddings", ["image_id", *_FACTS, *schema.MEASUREMENT_FIELDS.names])
-        if (groups := load_groups(dest)) is not None:
-            connection.register("known_groups", groups)
-        _rank(connection, groups is not None)
+        connection.register("known_groups", load_groups(dest) or schema.GROUPS.empty_table())
+        selection = load_selection(dest) or _NO_SELECTION.empty_table()
+        connection.register("known_selection", selection.select(_NO_SELECTION.names))
+        _rank(connection)
         found = Digest(_summary(connection))
         found.errors = _errors(connection)
         found.runs = _runs(dest, connection)
@@ -93,7 +97,7 @@ def digest(dest: Destination, sections: Sections = Sections()) -> Digest:
     return found
 
 
-def _rank(connection: duckdb.DuckDBPyConnection, has_groups: bool) -> None:
+def _rank(connection: duckdb.DuckDBPyConnection) -> None:
     """Make the table `ranked`: one narrow row for each photo with a score, `place` 0 is the best."""
     # What its suggestions promise at most: every attribute raised to `TARGET`. `feedback` has the exact figure.
     zero_shot = "scorer_kind = 'zero_shot'"
@@ -101,17 +105,15 @@ def _rank(connection: duckdb.DuckDBPyConnection, has_groups: bool) -> None:
         f"greatest(0, {TARGET} - coalesce(attribute_{name}, {TARGET})) * {weight}"
         for name, weight in MOS_PER_POINT.items()
     )
-    kinds = "group_kind, group_id, group_size, rank_in_group, reason"
-    groups = "LEFT JOIN known_groups USING (image_id)" if has_groups else ""
-    unknown = ", ".join(f"NULL AS {name.strip()}" for name in kinds.split(","))
     connection.execute(f"""
         CREATE TABLE ranked AS SELECT scores.image_id, scores.uri, quality_score, scene,
             row_number() OVER (ORDER BY quality_score DESC, scores.uri) - 1 AS place,
             100 * cume_dist() OVER (ORDER BY quality_score) AS percentile,
             100 * cume_dist() OVER (PARTITION BY scene ORDER BY quality_score) AS scene_percentile,
             CASE WHEN {zero_shot} THEN 0 ELSE {gains} END AS most_gain,
-            {kinds if has_groups else unknown}
-        FROM scores {groups} WHERE quality_score IS NOT NULL AND NOT isnan(quality_score)
+            group_kind, group_id, group_size, rank_in_group, reason, known_selection.rank AS selected
+        FROM scores LEFT JOIN known_groups USING (image_id) LEFT JOIN known_selection USING (image_id)
+        WHERE quality_score IS NOT NULL AND NOT isnan(quality_score)
     """)
 
 
@@ -124,7 +126,8 @@ def _summary(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         SELECT count(*) AS scored, quantile_cont(quality_score, {list(_QUANTILES)}) AS quantiles,
             count(*) FILTER (WHERE group_size > 1) AS grouped, count(group_id) AS group_known,
             count(DISTINCT CASE WHEN group_size > 1 THEN group_id END) AS groups,
-            count(*) FILTER (WHERE group_size > 1 AND rank_in_group > 1) AS not_picked
+            count(*) FILTER (WHERE group_size > 1 AND rank_in_group > 1) AS not_picked,
+            count(selected) AS selected
         FROM ranked
     """)  # fmt: skip
     facts = _rows(
@@ -222,11 +225,13 @@ def _choose(connection: duckdb.DuckDBPyConnection, found: Digest, sections: Sect
     """Fill `photos`, `views` and `groups`."""
     summary, cap = found.summary, max(0, sections.photos)
     median = summary["quantiles"][2] if summary["scored"] else None
-    summary["cut"] = sections.cut if sections.cut is not None else median
-    summary["cut_is_median"] = sections.cut is None
+    summary["cut"] = _cut(connection, summary["selected"]) if summary["selected"] else median
     each = max(1, cap // 8)  # of four views: half of the page at most
     chosen: dict[str, None] = {}  # uris, in the order of what they were chosen for
     views = {
+        "selected": _uris(
+            connection, "WHERE selected IS NOT NULL ORDER BY selected", min(sections.selected, max(1, cap // 4))
+        ),
         "best": _uris(connection, "ORDER BY place", min(sections.best, each)),
         "worst": _uris(connection, "ORDER BY place DESC", min(sections.worst, each)),
         "borderline": _uris(
@@ -254,6 +259,11 @@ def _choose(connection: duckdb.DuckDBPyConnection, found: Digest, sections: Sect
         for member in group["members"]:
             found.photos[member]["group"] = index
     summary["spread"] = len(spread)
+
+
+def _cut(connection: duckdb.DuckDBPyConnection, selected: int) -> float:
+    [row] = _rows(connection, f"SELECT quality_score FROM ranked WHERE place = {selected - 1}")
+    return float(row["quality_score"])
 
 
 def _uris(connection: duckdb.DuckDBPyConnection, order: str, count: int) -> list[str]:
@@ -328,7 +338,7 @@ def _photos(connection: duckdb.DuckDBPyConnection, uris: Sequence[str]) -> list[
         connection,
         """
         SELECT scores.*, facts.* EXCLUDE (image_id), percentile, scene_percentile, ranked.place, group_kind, group_id,
-            group_size, rank_in_group, reason
+            group_size, rank_in_group, reason, selected
         FROM wanted JOIN scores USING (uri) JOIN ranked USING (uri)
         LEFT JOIN facts ON facts.image_id = scores.image_id ORDER BY place_shown
     """,
@@ -351,6 +361,7 @@ def _photo(row: Mapping[str, Any]) -> dict[str, Any]:
         "suggestions": suggestions,
         "gain": sum(suggestion.gain for suggestion in gains.values()),  # by today's rules, as `improvable` is
         "group": None,
+        "selected": row["selected"],
         "rank_in_group": row["rank_in_group"] if (row["group_size"] or 0) > 1 else None,
         "reason": row["reason"],
     }

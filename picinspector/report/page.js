@@ -118,14 +118,17 @@
   function card(index) {
     const photo = data.photos[index];
     const frame = element('span', { class: 'frame', 'data-index': index });
-    if (photo.rankInGroup === 1 && state.view === 'groups') frame.append(element('span', { class: 'badge' }, 'pick'));
+    const badge = state.view === 'groups' ? photo.rankInGroup === 1 && 'pick'
+      : state.view !== 'selected' && photo.selected !== null && 'selected';
+    if (badge) frame.append(element('span', { class: 'badge' }, badge));
     nearScreen.observe(frame);
     const words = element('span', { class: 'words' },
       element('b', {}, fixed(photo.quality)),
       element('bdi', { class: 'name' }, photo.name),
       state.view === 'improvable' ? element('span', { class: 'gain' }, `+${fixed(photo.gain)}`) : null);
     const pick = photo.rankInGroup === 1 ? ', the pick of its group' : '';
-    const label = `${photo.name}, quality ${fixed(photo.quality)}, ${photo.scene}${pick}`;
+    const selected = photo.selected === null ? '' : ', selected';
+    const label = `${photo.name}, quality ${fixed(photo.quality)}, ${photo.scene}${pick}${selected}`;
     const button = element('button', { type: 'button', class: 'card', tabindex: -1, 'aria-label': label, 'data-index': index },
       frame, words);
     const item = element('li', {}, button);
@@ -295,7 +298,8 @@
 
   function standing(photo) {
     const scene = `, ${fixed(photo.scenePercentile, 0)} of its scene`;
-    return `Rank ${count(photo.rank)} of ${count(data.total)}: percentile ${fixed(photo.percentile, 0)} of the library${scene}.`;
+    const selected = photo.selected === null ? '' : ` Selected, number ${count(photo.selected)} of ${count(data.selected)}.`;
+    return `Rank ${count(photo.rank)} of ${count(data.total)}: percentile ${fixed(photo.percentile, 0)} of the library${scene}.${selected}`;
   }
 
   function details(index) {

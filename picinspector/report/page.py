@@ -23,6 +23,7 @@ from markupsafe import Markup
 from picinspector import __version__, schema
 from picinspector.report.digest import BIN_WIDTH, BINS, GROUP_MEMBERS, Digest
 from picinspector.report.thumbnails import Thumbnails
+from picinspector.text import one_line
 
 #: Thumbnails of one JSON block: a browser parses a block when the first of them comes near the screen.
 CHUNK = 50
@@ -32,6 +33,7 @@ RUNS = 20
 _NAME_CHARACTERS = 100
 
 VIEWS = {
+    "selected": "Selected",
     "best": "Best",
     "worst": "Worst",
     "borderline": "Borderline",
@@ -48,7 +50,7 @@ def render(title: str, found: Digest, thumbnails: Thumbnails) -> bytes:
     """The page, UTF-8."""
     style, script = _source("page.css"), _source("page.js")
     content = _template().render(
-        title=printable(title),
+        title=one_line(title),
         policy=policy(style, script),
         style=Markup(style),
         script=Markup(script),
@@ -91,15 +93,10 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "printable": printable, "number": _number, "words": _words, "megabytes": _megabytes, "percent": _percent
+        "one_line": one_line, "number": _number, "words": _words, "megabytes": _megabytes, "percent": _percent
     }  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.from_string(_source("page.html"))
-
-
-def printable(text: Any) -> str:
-    """Text on one line, without control characters and those that turn the direction of writing."""
-    return "".join(character if character.isprintable() else "�" for character in str(text))
 
 
 # --- words and figures ------------------------------------------------------------------------------------------------
@@ -110,7 +107,7 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 
 def _words(name: str | None) -> str:
-    return printable(name or "unknown").replace("_", " ")
+    return one_line(name or "unknown").replace("_", " ")
 
 
 def _percent(share: float) -> str:
@@ -140,8 +137,13 @@ def _leads(found: Digest) -> dict[str, str]:
     """A sentence above each view: what it holds."""
     summary = found.summary
     cut = _number(summary["cut"], 2)
-    middle = f"the median, {cut}" if summary["cut_is_median"] else f"the cut of the selection, {cut}"
+    middle = f"the median, {cut}"
+    if summary["selected"]:
+        middle = f"{cut}, above which there are as many photos as were selected"
+    shown = len(found.views["selected"])
+    more = f" The first {shown:,} of {summary['selected']:,}." if shown < summary["selected"] else ""
     return {
+        "selected": f"The photos to keep, in the order in which they were chosen: one of each group.{more}",
         "best": "The highest quality scores of the library.",
         "worst": "The lowest quality scores of the library, the worst first.",
         "borderline": f"Closest to {middle}: whether these are in or out is a matter of taste. Look at them yourself.",
@@ -226,6 +228,7 @@ def _data(found: Digest, thumbnails: Thumbnails) -> dict[str, Any]:
         "views": found.views,
         "chunk": CHUNK,
         "total": found.summary["scored"],
+        "selected": found.summary["selected"],
         "groups": [
             {"kind": _GROUP_KINDS.get(group["kind"], _words(group["kind"])), "size": group["size"],
              "members": group["members"]}
@@ -242,7 +245,7 @@ def _photo(photo: Mapping[str, Any], no_thumbnail: str | None) -> dict[str, Any]
     uri = str(photo["uri"])
     return {
         "name": _name(uri),
-        "path": printable(uri),
+        "path": one_line(uri),
         "ratio": round(photo["width"] / photo["height"], 3) if photo["width"] and photo["height"] else 1.5,
         "quality": _rounded(photo["quality_score"], 3),
         "low": _rounded(photo["quality_low"], 2),
@@ -253,10 +256,10 @@ def _photo(photo: Mapping[str, Any], no_thumbnail: str | None) -> dict[str, Any]
         "sceneProbability": _rounded(photo["scene_probability"], 3),
         "scenePercentile": _rounded(photo["scene_percentile"], 1),
         "attributes": [_rounded(value, 1) for value in photo["attributes"]],
-        "caption": printable(photo["caption"] or ""),
+        "caption": one_line(photo["caption"] or ""),
         "captionSource": _words(photo["caption_source"]) if photo["caption_source"] else "",
         "suggestions": [
-            {"text": printable(suggestion["text"]), "gain": _rounded(suggestion["gain"], 2)}
+            {"text": one_line(suggestion["text"]), "gain": _rounded(suggestion["gain"], 2)}
             for suggestion in photo["suggestions"]
         ],
         "gain": _rounded(photo["gain"], 2),
@@ -264,15 +267,16 @@ def _photo(photo: Mapping[str, Any], no_thumbnail: str | None) -> dict[str, Any]
         "taken": photo["captured_at"].isoformat() if photo["captured_at"] else "",
         "bytes": photo["size_bytes"] or 0,
         "group": photo["group"],
+        "selected": photo["selected"],
         "rankInGroup": photo["rank_in_group"],
-        "reason": printable(photo["reason"] or ""),
-        "missing": printable(no_thumbnail) if no_thumbnail else "",
+        "reason": one_line(photo["reason"] or ""),
+        "missing": one_line(no_thumbnail) if no_thumbnail else "",
     }
 
 
 def _name(uri: str) -> str:
     """The last part of a URI; without its middle where it is very long."""
-    name, half = printable(posixpath.basename(uri.rstrip("/")) or uri), _NAME_CHARACTERS // 2
+    name, half = one_line(posixpath.basename(uri.rstrip("/")) or uri), _NAME_CHARACTERS // 2
     return name if len(name) <= _NAME_CHARACTERS else f"{name[:half]}…{name[-half:]}"
 
 
@@ -292,13 +296,13 @@ def _facts(photo: Mapping[str, Any]) -> list[tuple[str, str]]:
     width, height = photo["width"], photo["height"]
     size = [
         f"{width:,} × {height:,} px ({width * height / 1e6:.1f} MP)" if width and height else "",
-        printable(photo["format"] or ""),
+        one_line(photo["format"] or ""),
         _megabytes(photo["size_bytes"]) if photo["size_bytes"] else "",
     ]
     facts = {
         "taken": taken.strftime("%Y-%m-%d %H:%M:%S") if taken else "",
-        "camera": printable(photo["camera"] or ""),
-        "lens": printable(photo["lens"] or ""),
+        "camera": one_line(photo["camera"] or ""),
+        "lens": one_line(photo["lens"] or ""),
         "exposure": " · ".join(part for part in exposure if part),
         "file": " · ".join(part for part in size if part),
     }
