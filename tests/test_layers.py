@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "picinspector"
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "schema", "errors"}),
+    frozenset({"__init__", "schema", "errors", "text"}),
     frozenset(
         {
             *("storage", "manifest", "photo", "measure", "clip", "dinov2", "captioner", "scorer", "zeroshot"),
