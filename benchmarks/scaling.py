@@ -85,7 +85,7 @@ def measure(workers: int, photo_s: float, photos: int, batch: int) -> dict[str, 
     os.environ["PICINSPECTOR_BENCH_PHOTO_S"] = str(photo_s)
     chains.read_photos = read_photos
     picinspector.stages.encode.Encode = Encode  # type: ignore[assignment,misc]
-    # Each encoder holds as many as there are cores: no more than two are counted. Ray Data keeps a sixth of all CPUs for
+    # Each encoder holds as many as there are cores, of which two are counted. Ray Data keeps a sixth of all CPUs for
     # each of the stages around it.
     runs._SPARE_CPUS = 4 * workers + 16
     runs._cores = lambda: 2
