@@ -44,15 +44,15 @@ def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
     The selection is kept in the destination (`selection.save`), where the report finds it.
 
     Returns:
-        `groups`, see `groups.make`; `selected`, how many; `selection`, where; `report`, see `report.write`; `seconds`
-        of each.
+        `groups`, see `groups.describe`; `selected`, how many; `selection`, where; `report`, see `report.write`;
+        `seconds` of each.
 
     Raises:
         UsageError: nothing has been scored here; see `selection.select` for others.
         StorageError: something cannot be written.
     """
     seconds, started = {}, time.monotonic()
-    grouped = groups.make(dest, options.selection.ties)
+    grouped = groups.describe(groups.current(dest, options.selection.ties))
     seconds["groups"] = time.monotonic() - started
     chosen = select(dest, options.selection)
     kept_in = save(dest, chosen)
@@ -70,26 +70,27 @@ def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
     }
 
 
-def marks(dest: Destination, selection: Selection, reject_label: str | None = "Red") -> list[Mark]:
+def marks(dest: Destination, selection: Selection, reject_label: str | None = "Red", keep: bool = True) -> list[Mark]:
     """What the sidecars of all photos say of which `selection` chooses: stars, a label for rejects, the scene.
 
     Stars are those of the library percentile (`STARS`). Rejects are photos in the lowest twentieth, and those of a
-    group that has a better one.
+    group that has a better one, unless those are kept too (`Selection.duplicates`).
 
     Args:
         dest: where they were scored.
         selection: its filter, order and groups count, not its number.
         reject_label: of rejects; None labels none.
+        keep: write groups that have to be made anew.
     """
-    photos: pa.Table = consider(dest, selection)
+    photos: pa.Table = consider(dest, selection, keep)
     percentile = photos.column("library_percentile").to_numpy()
-    best = np.asarray(photos.column("is_best"))
+    kept = np.asarray(photos.column("is_best")) | selection.duplicates
     uris, scenes, scores = (photos.column(name).to_pylist() for name in ("uri", "scene", "quality_score"))
     return [
         Mark(
             uris[row],
             next(stars for least, stars in STARS if percentile[row] >= least),
-            reject_label if percentile[row] < _REJECTED_BELOW or not best[row] else None,
+            reject_label if percentile[row] < _REJECTED_BELOW or not kept[row] else None,
             (scenes[row],),
             scores[row],
         )

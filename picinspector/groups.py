@@ -7,7 +7,8 @@ Ties between two photos, from the firmest to the loosest:
   tones, or two frames that hardly differ.
 - burst: shot by one camera within seconds, and alike by their embeddings.
 
-What hangs together by such ties is a group, and its kind is the loosest that is needed to hold it.
+What hangs together by such ties and looks like the best of it is a group: a series in which each frame resembles the
+next, but not the first the last, is several. A group's kind is the loosest tie that is needed to hold it.
 
 The groups lie in `<dest>/groups/groups.parquet`, one row for each scored photo, replaced as a whole.
 """
@@ -40,6 +41,8 @@ _SAME_QUALITY = 0.25
 _AHEAD = 3.0
 #: Photos whose facts are Python objects at a time.
 _ROWS_AT_ONCE = 20_000
+#: Of `Ties.near_similarity`, which is of neighbours: others of their group, darker or softer, are less like its best.
+_LIKE_THE_BEST = 0.8
 #: Frames after each that may be of its burst.
 _BURST_FRAMES = 8
 _BEST_IN = {
@@ -80,24 +83,26 @@ class Ties:
     burst_similarity: float = 0.8
 
 
-def make(dest: Destination, ties: Ties = Ties()) -> dict[str, Any]:
-    """Group the newest committed rows of all scored photos, and write the groups.
-
-    Returns:
-        `photos`, `groups` and `photos_in_groups` by kind, `largest`, `superfluous` (photos that are not the best of
-        theirs), `as_of` (the newest run it saw), `ties`.
+def make(dest: Destination, ties: Ties = Ties()) -> pa.Table:
+    """Group the newest committed rows of all scored photos: `schema.GROUPS`, whose metadata say of what and how.
 
     Raises:
         UsageError: nothing has been scored here, or with two bundles.
-        StorageError: the groups cannot be written.
     """
-    as_of = max((record["run_id"] for record in dest.runs()), default="")
+    as_of = _newest(dest)
     photos = _photos(dest)
     groups = find(photos, load_vectors(dest, photos), ties)
     said = {"as_of": as_of, "ties": asdict(ties)}
-    groups = groups.replace_schema_metadata({b"picinspector": json.dumps(said).encode()})
+    return groups.replace_schema_metadata({b"picinspector": json.dumps(said).encode()})
+
+
+def save(dest: Destination, groups: pa.Table) -> None:
+    """Keep groups in the destination, in place of those that were there.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
     dest.write_parquet(f"{dest.root}/groups/groups.parquet", groups)
-    return describe(groups) | said
 
 
 def load(dest: Destination) -> pa.Table | None:
@@ -109,20 +114,40 @@ def load(dest: Destination) -> pa.Table | None:
     return dest.read_parquet(f"{dest.root}/groups/groups.parquet")
 
 
-def current(dest: Destination, ties: Ties = Ties()) -> pa.Table:
-    """The groups; made first where there are none of these ties, or a run has been committed since."""
+def current(dest: Destination, ties: Ties | None = None, keep: bool = True) -> pa.Table:
+    """The groups; made anew where there are none of these ties, or a run has been committed since.
+
+    Args:
+        dest: where photos were scored.
+        ties: None: those of the groups that are there.
+        keep: write groups that were made anew.
+    """
     found = load(dest)
-    newest = max((record["run_id"] for record in dest.runs()), default="")
-    said = json.loads((found.schema.metadata or {}).get(b"picinspector", b"{}")) if found is not None else {}
-    if found is None or (said.get("as_of"), said.get("ties")) != (newest, asdict(ties)):
-        make(dest, ties)
-        found = load(dest)
-        assert found is not None
+    said = _said(found) if found is not None else {}
+    wanted = ties or (Ties(**said["ties"]) if "ties" in said else Ties())
+    if found is None or (said.get("as_of"), said.get("ties")) != (_newest(dest), asdict(wanted)):
+        found = make(dest, wanted)
+        if keep:
+            save(dest, found)
     return found
 
 
+def _newest(dest: Destination) -> str:
+    return max((record["run_id"] for record in dest.runs()), default="")
+
+
+def _said(groups: pa.Table) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads((groups.schema.metadata or {}).get(b"picinspector", b"{}"))
+    return said
+
+
 def describe(groups: pa.Table) -> dict[str, Any]:
-    """Counts of groups and of the photos in them, by kind."""
+    """Counts of groups, and of the photos in them, by kind; and what `make` has noted.
+
+    Returns:
+        `photos`, `groups` and `photos_in_groups` by kind, `largest`, `superfluous` (photos that are not the best of
+        theirs), `as_of` (the newest run it saw), `ties`.
+    """
     with database(groups=groups) as connection:
         rows = connection.sql(
             "SELECT group_kind, count(*) FILTER (is_best), count(*), max(group_size) FROM groups GROUP BY 1"
@@ -135,20 +160,21 @@ def describe(groups: pa.Table) -> dict[str, Any]:
         "photos_in_groups": {kind: photos for kind, (_, photos, _) in shared.items()},
         "largest": max((largest for _, _, largest in shared.values()), default=0),
         "superfluous": sum(photos - count for count, photos, _ in shared.values()),
+        **_said(groups),
     }
 
 
 def _photos(dest: Destination) -> pa.Table:
     """What groups are made of, of the newest row of each scored photo, by uri."""
     facts = ["width", "height", "captured_at", "camera", "phash", "content_hash"]
-    judged = ["quality_score", *(f"attribute_{name}" for name in schema.ATTRIBUTES)]
+    judged = ["quality_score", "scorer_kind", *(f"attribute_{name}" for name in schema.ATTRIBUTES)]
     with database() as connection:
         dest.load_latest(connection, "seen", "embeddings", ["image_id", "uri", "run_id", *facts])
         dest.load_latest(connection, "scored", "scores", ["image_id", "uri", *judged])
         rows = connection.sql(
             f"SELECT image_id, uri, seen.run_id AS embeddings_run_id, {', '.join((*facts, *judged))} "
             "FROM scored JOIN seen USING (image_id, uri) "
-            "WHERE quality_score IS NOT NULL ORDER BY uri"
+            "WHERE quality_score IS NOT NULL AND NOT isnan(quality_score) ORDER BY uri"
         )
         return rows.to_arrow_table()
 
@@ -161,7 +187,7 @@ def find(photos: pa.Table, vectors: np.ndarray, ties: Ties = Ties()) -> pa.Table
 
     Args:
         photos: `image_id`, `uri`, `content_hash`, `phash`, `width`, `height`, `captured_at`, `camera`,
-            `quality_score` and the attributes.
+            `quality_score`, `scorer_kind` and the attributes.
         vectors: float16 (N, D), their embeddings; zeros where there is none.
         ties: see there.
 
@@ -172,7 +198,7 @@ def find(photos: pa.Table, vectors: np.ndarray, ties: Ties = Ties()) -> pa.Table
     near = _near(photos, vectors, ties)
     burst = _bursts(photos, vectors, ties)
     levels = [_components(photos.num_rows, edges) for edges in (exact, [*exact, *near], [*exact, *near, *burst])]
-    return _judge(photos, levels)
+    return _judge(photos, levels, _part(photos, levels, vectors, _LIKE_THE_BEST * ties.near_similarity))
 
 
 _Edges = list[np.ndarray]
@@ -188,10 +214,12 @@ def _same_bytes(photos: pa.Table) -> _Edges:
 
 
 def _near(photos: pa.Table, vectors: np.ndarray, ties: Ties) -> _Edges:
-    pairs, _ = alike(vectors, ties.near_similarity)
     phash = photos.column("phash").to_numpy()
-    bits = np.bitwise_count(phash[pairs[:, 0]] ^ phash[pairs[:, 1]])
-    return [pairs[bits <= ties.near_bits]]
+
+    def confirmed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return np.asarray(np.bitwise_count(phash[left] ^ phash[right]) <= ties.near_bits)
+
+    return [alike(vectors, ties.near_similarity, confirmed)[0]]
 
 
 def _bursts(photos: pa.Table, vectors: np.ndarray, ties: Ties) -> _Edges:
@@ -219,11 +247,35 @@ def _components(count: int, edges: _Edges) -> np.ndarray:
     return np.asarray(component, np.int64)
 
 
+def _part(photos: pa.Table, levels: list[np.ndarray], vectors: np.ndarray, least: float) -> np.ndarray:
+    """What hangs together, parted until all of a group look like the best of it, or are copies of one that does.
+
+    Like the leader algorithm of clustering (Hartigan 1975), with the best photo that is left as the next leader.
+    """
+    copies, whole = levels[0], levels[-1]
+    _, rank = _order(photos, whole)
+    group, left = whole.copy(), np.flatnonzero(np.bincount(whole)[whole] > 2)
+    left = left[np.lexsort((rank[left], whole[left]))]
+    numbers = group.max(initial=-1) + 1
+    while len(left):
+        starts = np.flatnonzero(np.diff(whole[left], prepend=-1))
+        leader = np.repeat(left[starts], np.diff([*starts, len(left)]))
+        like = np.concatenate([
+            np.einsum("nd,nd->n", vectors[left[at : at + _ROWS_AT_ONCE]].astype(np.float32),
+                      vectors[leader[at : at + _ROWS_AT_ONCE]].astype(np.float32))
+            for at in range(0, len(left), _ROWS_AT_ONCE)
+        ]) >= least  # fmt: skip
+        like |= np.isin(copies[left], copies[left[like]]) | (left == leader)
+        group[left[like]] = numbers + np.searchsorted(left[starts], leader[like], sorter=np.argsort(left[starts]))
+        numbers += len(starts)
+        left = left[~like]
+    return np.unique(group, return_inverse=True)[1]
+
+
 # --- the pick ---------------------------------------------------------------------------------------------------------
 
 
-def _judge(photos: pa.Table, levels: list[np.ndarray]) -> pa.Table:
-    group = levels[-1]
+def _judge(photos: pa.Table, levels: list[np.ndarray], group: np.ndarray) -> pa.Table:
     size = np.bincount(group)[group]
     kind = np.full(len(group), schema.GROUP_KINDS.index("single"))
     for index in reversed(range(len(levels))):
@@ -299,34 +351,43 @@ def _reasons(members: list[dict[str, Any]]) -> list[str]:
 
 
 def _why(pick: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    count = len(others) + 1
-    if all(_is_copy(other, pick) for other in others):
+    count, different = len(others) + 1, [other for other in others if not _is_copy(other, pick)]
+    if not different:
         return f"One of {count} identical files"
     ahead = [
         word
-        for name, word in _BEST_IN.items()
-        if pick[f"attribute_{name}"] >= max(other[f"attribute_{name}"] for other in others) + _AHEAD
+        for name, word in _told_by(_BEST_IN, pick).items()
+        if pick[f"attribute_{name}"] >= max(other[f"attribute_{name}"] for other in different) + _AHEAD
     ]
-    highest = max(other["quality_score"] for other in others)
-    if pick["quality_score"] < highest:  # not by its score, then by its size
+    score, highest = pick["quality_score"], max(other["quality_score"] for other in different)
+    rivals = [_pixels(other) for other in different if other["quality_score"] >= score]
+    if rivals and _pixels(pick) > max(rivals):  # not by its score, then by its size
         words = [f"largest ({_megapixels(pick)} MP) of those that score alike"]
-    elif pick["quality_score"] - highest >= _SAME_QUALITY:
-        words = [f"highest score ({pick['quality_score']:.2f}, next {highest:.2f})"]
+    elif rivals:
+        words = [f"as good as the next ({score:.2f})"]
+    elif score - highest >= _SAME_QUALITY:
+        words = [f"highest score ({score:.2f}, next {highest:.2f})"]
     else:
-        words = [f"highest score ({pick['quality_score']:.2f}) by a little"]
+        words = [f"highest score ({score:.2f}) by a little"]
     said = ", ".join([*ahead, *words])
     return f"{said[0].upper()}{said[1:]}, of {count}"
+
+
+def _told_by(words: dict[str, str], photo: dict[str, Any]) -> dict[str, str]:
+    """Without `brightness` where it is no quality of the exposure: a zero-shot bundle's is luminance."""
+    return {name: word for name, word in words.items() if photo["scorer_kind"] != "zero_shot" or name != "brightness"}
 
 
 def _why_not(other: dict[str, Any], pick: dict[str, Any]) -> str:
     if _is_copy(other, pick):
         return "same file as the pick"
     words = []
-    if other["width"] * other["height"] < 0.9 * pick["width"] * pick["height"]:
+    if _pixels(other) < 0.9 * _pixels(pick):
         words.append(f"smaller ({_megapixels(other)} of {_megapixels(pick)} MP)")
-    behind = {name: pick[f"attribute_{name}"] - other[f"attribute_{name}"] for name in _BEHIND_IN}
+    told = _told_by(_BEHIND_IN, pick)
+    behind = {name: pick[f"attribute_{name}"] - other[f"attribute_{name}"] for name in told}
     words += [
-        f"{_BEHIND_IN[name]} (-{behind[name]:.0f})"
+        f"{told[name]} (-{behind[name]:.0f})"
         for name in sorted(behind, key=lambda name: -behind[name])[:2]
         if behind[name] >= _AHEAD
     ]
@@ -339,5 +400,9 @@ def _is_copy(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["content_hash"] is not None and one["content_hash"] == other["content_hash"]
 
 
+def _pixels(photo: dict[str, Any]) -> int:
+    return int(photo["width"] * photo["height"])
+
+
 def _megapixels(photo: dict[str, Any]) -> str:
-    return f"{photo['width'] * photo['height'] / 1e6:.2g}"
+    return f"{_pixels(photo) / 1e6:.2g}"

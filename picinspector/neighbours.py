@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -18,7 +18,10 @@ _PROBES = 16
 _TRAINED_ON = 40
 
 
-def alike(vectors: np.ndarray, least: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def alike(
+    vectors: np.ndarray, least: float, confirmed: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Pairs of vectors whose cosine is `least` or more.
 
     Up to `EXACT_ROWS` all of them. Beyond, of each vector's 32 nearest, those that an inverted file finds; the same on
@@ -27,12 +30,15 @@ def alike(vectors: np.ndarray, least: float, seed: int = 0) -> tuple[np.ndarray,
     Args:
         vectors: float16 (N, D), L2-normalised; rows of zeros are like none.
         least: of the cosine, above 0.
+        confirmed: rows (P,) and rows (P,) to bool (P,), which pairs count. Asked block by block: of photos that are all
+            of one thing there are more pairs than fit.
         seed: of the lists' centroids.
 
     Returns:
         int64 (P, 2), the smaller index first, each pair once, in order; their cosines, float32 (P,).
     """
-    found = list(_exact(vectors, least) if len(vectors) <= EXACT_ROWS else _indexed(vectors, least, seed))
+    pairs = _exact(vectors, least) if len(vectors) <= EXACT_ROWS else _indexed(vectors, least, seed)
+    found = [_only(confirmed, *part) for part in pairs]
     left, right, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else _NONE
     first, last = np.minimum(left, right), np.maximum(left, right)
     _, index = np.unique(first * len(vectors) + last, return_index=True)
@@ -41,6 +47,14 @@ def alike(vectors: np.ndarray, least: float, seed: int = 0) -> tuple[np.ndarray,
 
 _NONE = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 _Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _only(
+    confirmed: Callable[[np.ndarray, np.ndarray], np.ndarray] | None, left: np.ndarray, right: np.ndarray,
+    cosine: np.ndarray,
+) -> _Found:  # fmt: skip
+    keep = confirmed(left, right) if confirmed is not None else slice(None)
+    return left[keep], right[keep], cosine[keep]
 
 
 def _exact(vectors: np.ndarray, least: float) -> Iterator[_Found]:

@@ -8,6 +8,7 @@ attributes at 100.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from picinspector import schema
 from picinspector.errors import UsageError
+from picinspector.manifest import is_list
 from picinspector.tables import Destination, database
 
 #: What photos can be ranked by.
@@ -132,8 +134,13 @@ def value_of(by: str) -> str:
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([-+]?\d*\.?\d+)\s*", part)
         if found is None or found[1] not in MEASURES:
             raise UsageError(f"--by {by}: {part.strip()!r} is no measure; give {_BY}")
-        terms.append(f"{float(found[2])!r} * 100 * cume_dist() OVER (ORDER BY {_column(found[1])})")
+        column = _column(found[1])
+        terms.append(
+            f"CASE WHEN {column} IS NOT NULL THEN {float(found[2])!r} * 100 * cume_dist() OVER (ORDER BY {column}) END"
+        )
         total += abs(float(found[2]))
+    if not math.isfinite(total):
+        raise UsageError(f"--by {by}: a weight is too large; give {_BY}")
     if not total:
         raise UsageError(f"--by {by}: all weights are 0; give {_BY}")
     return f"({' + '.join(terms)}) / {total!r}"
@@ -154,11 +161,14 @@ def failures(dest: Destination) -> list[dict[str, Any]]:
 
 
 def outermost(dest: Destination) -> list[str]:
-    """The first and the last URI of all photos: what both begin with, all do.
+    """URIs whose common parent is that of the library, or of all photos where a list named them.
 
     Raises:
         UsageError: nothing has been scored into this destination.
     """
+    libraries = {str(record["library"]) for record in dest.runs() if record.get("library")}
+    if libraries and not any(is_list(library) for library in libraries):
+        return [f"{library.rstrip('/')}/*" for library in sorted(libraries)]
     with database() as connection:
         dest.load_latest(connection, "latest", "scores", ["uri"])
         found = connection.execute("SELECT min(uri), max(uri) FROM latest").fetchone() or ()
@@ -179,7 +189,7 @@ def _scored(dest: Destination, columns: Sequence[str]) -> Iterator[duckdb.DuckDB
     with database() as connection:
         dest.load_latest(connection, "latest", "scores", columns)
         connection.execute("SET enable_external_access = false")  # a condition is the user's: this table, no files
-        yield connection.table("latest").filter("quality_score IS NOT NULL")
+        yield connection.table("latest").filter("quality_score IS NOT NULL AND NOT isnan(quality_score)")
 
 
 def _filter(rows: duckdb.DuckDBPyRelation, where: str | None) -> duckdb.DuckDBPyRelation:

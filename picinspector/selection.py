@@ -38,7 +38,7 @@ class Selection:
         diversity: 0 takes the best, 1 what is least alike; between, both count.
         duplicates: keep photos that are not the best of their group too.
         quotas: scene -> photos of it at most; `*` of every other.
-        ties: what makes a group.
+        ties: what makes a group; None: as those that are there were made.
     """
 
     best: int = 500
@@ -48,11 +48,16 @@ class Selection:
     diversity: float = 0.0
     duplicates: bool = False
     quotas: Mapping[str, int] = field(default_factory=dict)
-    ties: Ties = field(default_factory=Ties)
+    ties: Ties | None = None
 
 
-def select(dest: Destination, selection: Selection = Selection()) -> pa.Table:
+def select(dest: Destination, selection: Selection = Selection(), keep: bool = True) -> pa.Table:
     """Choose; the same photos each time.
+
+    Args:
+        dest: where they were scored.
+        selection: what to keep.
+        keep: write groups that have to be made anew.
 
     Returns:
         the chosen in the order they were chosen: the columns of `rank.rank`, where `rank` is the place here, with
@@ -61,13 +66,13 @@ def select(dest: Destination, selection: Selection = Selection()) -> pa.Table:
     Raises:
         UsageError: a diversity or quota that makes no sense; see `rank.rank` and `groups.make` for others.
     """
-    considered = consider(dest, selection)
+    considered = consider(dest, selection, keep)
     kept = considered if selection.duplicates else considered.filter(considered.column("is_best"))
     if not selection.diversity:
         rows = _fill(kept, selection)
     else:
-        pool = kept.slice(0, max(_POOL * selection.best, _LEAST_POOL))
-        rows = _diverse(pool, load_vectors(dest, pool), selection)
+        kept = _pool(kept, selection)
+        rows = _diverse(kept, load_vectors(dest, kept), selection)
     chosen = kept.take(pa.array(rows, pa.int64()))
     place = pa.array(np.arange(1, chosen.num_rows + 1))
     return chosen.set_column(chosen.column_names.index("rank"), "rank", place).drop_columns(["embeddings_run_id"])
@@ -88,14 +93,14 @@ def load(dest: Destination) -> pa.Table | None:
     return dest.read_parquet(f"{dest.root}/groups/selection.parquet")
 
 
-def consider(dest: Destination, selection: Selection) -> pa.Table:
+def consider(dest: Destination, selection: Selection, keep: bool = True) -> pa.Table:
     """All photos of which `select` chooses, best first: its columns, `is_best` and `embeddings_run_id`."""
     if not 0 <= selection.diversity <= 1:
         raise UsageError(f"--diversity {selection.diversity}: give a number from 0 (the best) to 1 (the least alike)")
     for scene, count in selection.quotas.items():
         if scene not in (*schema.SCENES, "*") or count < 0:
             raise UsageError(f"--quota {scene}={count}: give SCENE=N, with a scene of {', '.join(schema.SCENES)}")
-    groups = current(dest, selection.ties)
+    groups = current(dest, selection.ties, keep)
     ranked = rank(dest, Ranking(None, by=selection.by, scene=selection.scene, where=selection.where))
     with database(ranked=ranked, groups=groups) as connection:
         dest.load_latest(connection, "seen", "embeddings", ["image_id", "run_id"])
@@ -141,6 +146,16 @@ def _fill(photos: pa.Table, selection: Selection) -> list[int]:
     return chosen
 
 
+def _pool(photos: pa.Table, selection: Selection) -> pa.Table:
+    """Those of which diverse ones are chosen: the best of all, and of each scene that has a quota."""
+    size = max(_POOL * selection.best, _LEAST_POOL)
+    if not selection.quotas or photos.num_rows <= size:
+        return photos.slice(0, size)
+    scenes = photos.column("scene").to_numpy(zero_copy_only=False)
+    rows = np.concatenate([np.flatnonzero(scenes == scene)[:size] for scene in schema.SCENES])
+    return photos.take(pa.array(np.sort(rows)))
+
+
 def _diverse(photos: pa.Table, vectors: np.ndarray, selection: Selection) -> list[int]:
     """Greedy: `selection.best` products of the pool's embeddings with one of them."""
     relevance = photos.column("library_percentile").to_numpy() / 100
@@ -148,7 +163,7 @@ def _diverse(photos: pa.Table, vectors: np.ndarray, selection: Selection) -> lis
     zero = _unrelated(wide)
     scenes = photos.column("scene").to_numpy(zero_copy_only=False)
     quotas = _Quotas(photos, selection)
-    likeness = np.zeros(len(wide), np.float32)  # to the nearest of those chosen
+    likeness = np.zeros(len(wide), np.float32)  # to the nearest of those chosen; of the first all are equally unlike
     possible = np.array([quotas.open(row) for row in range(len(wide))], bool)
     chosen: list[int] = []
     while len(chosen) < selection.best and possible.any():
@@ -158,7 +173,8 @@ def _diverse(photos: pa.Table, vectors: np.ndarray, selection: Selection) -> lis
         possible[row] = False
         if full := quotas.take(row):
             possible &= scenes != full
-        likeness = np.maximum(likeness, (wide @ wide[row] - zero) / (1 - zero))
+        like = (wide @ wide[row] - zero) / (1 - zero)
+        likeness = np.maximum(likeness, like) if len(chosen) > 1 else like
     return chosen
 
 

@@ -30,7 +30,10 @@ def stream(dest: Destination, photos: pa.Table, column: str = COLUMN) -> Iterato
     Raises:
         UsageError: the photos have embeddings of different widths: they were embedded with two bundles.
     """
-    ids = photos.column("image_id").combine_chunks()
+    # One sorted list, not a hash table for each batch: a million photos lie in a thousand batches.
+    ids = _keys(photos.column("image_id"))
+    order = np.argsort(ids)
+    ordered = ids[order]
     runs = photos.column("embeddings_run_id").combine_chunks()
     width = None
     for run_id in sorted(pc.unique(runs).drop_null().to_pylist()):
@@ -38,19 +41,25 @@ def stream(dest: Destination, photos: pa.Table, column: str = COLUMN) -> Iterato
         if scanner is None:
             continue
         for batch in scanner.to_batches():
-            position = pc.index_in(batch.column(0), value_set=ids)
-            mine = pc.fill_null(pc.equal(runs.take(position), run_id), False)
-            keep = pc.and_(mine, pc.is_valid(batch.column(1)))
-            position, rows = position.filter(keep), batch.column(1).filter(keep)
-            if not len(rows):
+            wanted = _keys(batch.column(0))
+            at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+            position = order[at]
+            mine = (ordered[at] == wanted) & np.asarray(pc.equal(runs.take(pa.array(position)), run_id))
+            mine &= np.asarray(pc.is_valid(batch.column(1)))
+            if not mine.any():
                 continue
+            position, rows = position[mine], batch.column(1).filter(pa.array(mine))
             if width not in (None, rows.type.list_size):
                 raise UsageError(
                     f"{dest.url}: its photos have {column}s of {width} and of {rows.type.list_size} numbers, from two "
                     "bundles; run `picinspector score` with one bundle over the whole library"
                 )
             width = rows.type.list_size
-            yield np.asarray(position).astype(np.int64), rows.flatten().to_numpy().reshape(-1, width)
+            yield position, rows.flatten().to_numpy().reshape(-1, width)
+
+
+def _keys(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(ids.to_numpy(zero_copy_only=False), dtype=np.bytes_)
 
 
 def load(dest: Destination, photos: pa.Table, column: str = COLUMN) -> np.ndarray:

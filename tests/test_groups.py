@@ -28,7 +28,7 @@ def photo(name: str, quality: float = 5.0, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "image_id": f"{name}@1", "uri": f"/lib/{name}.jpg", "quality_score": quality, "content_hash": name,
         "phash": int(np.random.default_rng(list(name.encode())).integers(0, 2**64, dtype=np.uint64)),
-        "width": 4000, "height": 3000, "captured_at": None, "camera": None,
+        "width": 4000, "height": 3000, "captured_at": None, "camera": None, "scorer_kind": "lightgbm",
         **{f"attribute_{attribute}": 50.0 for attribute in schema.ATTRIBUTES},
     }  # fmt: skip
     return values | changes
@@ -124,6 +124,9 @@ def test_the_pick_and_the_reasons() -> None:
     assert [found[name]["rank_in_group"] for name in ("best", "twin", "soft")] == [1, 2, 3]
     assert found["soft"]["reason"] == "less sharp (-20), noisier (-7), scores 1.00 lower"
     assert found["twin"]["reason"] == "same file as the pick"
+    assert found["best"]["reason"] == "Sharpest, cleanest, highest score (7.00, next 6.00), of 3", (
+        "its twin is no rival"
+    )
     pair = find(rows[:2], unit([1, 0], [1, 0.1]))
     assert pair["best"]["reason"] == "Sharpest, cleanest, highest score (7.00, next 6.00), of 2"
 
@@ -135,6 +138,46 @@ def test_of_those_that_score_alike_the_largest_is_the_pick() -> None:
     assert [found[name]["rank_in_group"] for name in ("large", "small", "poor")] == [1, 2, 3]
     assert found["large"]["reason"] == "Largest (12 MP) of those that score alike, of 3"
     assert found["small"]["reason"].startswith("smaller (0.12 of 12 MP)")
+
+
+def test_equals_are_not_told_apart_by_a_score_that_is_the_same() -> None:
+    rows = [photo("small", 5.0, width=400, height=300, phash=3), photo("large", 5.0, phash=3)]
+    vectors = unit([1, 0], [1, 0.1])
+    assert find(rows, vectors)["large"]["reason"] == "Largest (12 MP) of those that score alike, of 2"
+    rows = [photo("a", 5.0, phash=3), photo("b", 5.0, phash=3)]
+    assert find(rows, vectors)["a"]["reason"] == "As good as the next (5.00), of 2"
+
+
+def test_zero_shot_brightness_is_no_reason() -> None:
+    rows = [photo("a", 6.0, phash=3, attribute_brightness=95.0), photo("b", 5.0, phash=3)]
+    vectors = unit([1, 0], [1, 0.1])
+    assert find(rows, vectors)["a"]["reason"] == "Best exposed, highest score (6.00, next 5.00), of 2"
+    assert find(rows, vectors)["b"]["reason"] == "worse exposed (-45), scores 1.00 lower"
+    rows = [row | {"scorer_kind": "zero_shot"} for row in rows]
+    assert find(rows, vectors)["a"]["reason"] == "Highest score (6.00, next 5.00), of 2"
+    assert find(rows, vectors)["b"]["reason"] == "scores 1.00 lower"
+
+
+def test_a_series_that_turns_away_from_its_best_is_several_groups() -> None:
+    """A time-lapse that pans by 10 degrees a frame: cosines of .985 to the next, .64 to the fifth, .5 to the sixth."""
+    rows = [
+        photo(f"{frame:02}", 9.0 if frame == 10 else 5.0, captured_at=NOON + timedelta(seconds=2 * frame), camera="X")
+        for frame in range(19)
+    ]
+    angles = np.radians([10 * frame for frame in range(19)])
+    found = find(rows, unit(*np.stack([np.cos(angles), np.sin(angles)], axis=1)))
+    members: dict[str, list[int]] = {}
+    for name, row in found.items():
+        members.setdefault(row["group_id"], []).append(int(name))
+    assert members == {"05@1": [*range(5, 16)], "00@1": [*range(5)], "16@1": [16, 17, 18]}
+    assert {row["group_kind"] for row in found.values()} == {"burst"}
+
+
+def test_copies_stay_together_whatever_their_embeddings() -> None:
+    rows = [photo("a", 9.0, content_hash="x"), photo("b", content_hash="x"), photo("c", content_hash="x")]
+    vectors = unit([1, 0], [1, 0], [1, 0])
+    vectors[2] = 0  # none of the three is missing but this one's embedding
+    assert {row["group_size"] for row in find(rows, vectors).values()} == {3}
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,6 +215,8 @@ def test_the_index_finds_what_comparing_all_pairs_finds(monkeypatch: pytest.Monk
     assert len(found) >= 0.98 * len(every)
     assert 7 not in found
     assert np.array_equal(neighbours.alike(vectors, 0.8)[0], found), "the same again"
+    odd = neighbours.alike(vectors, 0.8, lambda left, right: (left + right) % 2 == 1)[0]
+    assert np.array_equal(odd, found[found.sum(axis=1) % 2 == 1]), "those that are confirmed"
 
 
 # --- a destination ----------------------------------------------------------------------------------------------------
@@ -199,7 +244,8 @@ def commit(dest: Destination, run_id: str, rows: list[dict[str, Any]], vectors: 
 @pytest.fixture
 def dest(tmp_path: Path) -> Destination:
     dest = Destination(tmp_path / "tables")
-    rows = [photo("a", 7, content_hash="x"), photo("b", 7, content_hash="x"), photo("c"), photo("d", quality=None)]
+    rows = [photo("a", 7, content_hash="x", scene="night"), photo("b", 7, content_hash="x", scene="night"),
+            photo("c", scene="night"), photo("d", quality=None)]  # fmt: skip
     commit(dest, RUN, rows, apart(4))
     return dest
 
@@ -219,12 +265,26 @@ def test_groups_of_a_destination_are_made_anew_when_a_run_was_committed(dest: De
     assert best == ["/lib/c.jpg"], "the newest row of it counts"
 
 
+def test_groups_keep_the_ties_they_were_made_with(dest: Destination, capsys: Any) -> None:
+    near = [photo("e", phash=0, scene="night"), photo("f", phash=0b11, scene="night")]
+    commit(dest, LATER, near, unit([0, 0, 1, 0.1], [0, 0, 1, 0.2]))
+    assert main(["groups", dest.url, "--near-bits", "1"]) == 0
+    assert groups.describe(groups.current(dest))["groups"]["near"] == 0
+    assert main(["select", dest.url, "--best", "9"]) == 0
+    assert groups.describe(groups.load(dest))["ties"]["near_bits"] == 1
+    assert groups.describe(groups.current(dest, Ties(), keep=False))["groups"]["near"] == 1
+    assert groups.describe(groups.load(dest))["groups"]["near"] == 0, "not kept"
+    for options in (["--near-similarity", "-1"], ["--burst-seconds", "inf"], ["--near-bits", "65"]):
+        assert main(["groups", dest.url, *options]) == 2
+        assert "Invalid value for" in capsys.readouterr().err
+
+
 def test_tables_without_hashes_of_the_content_have_no_exact_copies(tmp_path: Path) -> None:
     dest = Destination(tmp_path / "tables")
     commit(dest, RUN, [photo("a", content_hash="x"), photo("b", content_hash="x")], apart(2))
     [file] = dest.files(dest.table_path("embeddings", RUN))
     dest.write_parquet(file, pa.parquet.read_table(file).drop_columns(["content_hash"]))
-    assert groups.make(dest)["groups"]["exact"] == 0
+    assert groups.describe(groups.make(dest))["groups"]["exact"] == 0
 
 
 def test_two_bundles_embeddings_are_not_compared(dest: Destination) -> None:
@@ -234,7 +294,7 @@ def test_two_bundles_embeddings_are_not_compared(dest: Destination) -> None:
 
 
 def test_a_damaged_file_says_how_to_mend_it(dest: Destination) -> None:
-    groups.make(dest)
+    groups.save(dest, groups.make(dest))
     Path(f"{dest.root}/groups/groups.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match=r"groups\.parquet is damaged; delete it and run the same command again"):
         groups.load(dest)

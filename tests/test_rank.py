@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from picinspector import schema
 from picinspector.cli import main
 from picinspector.errors import UsageError
-from picinspector.rank import Ranking, failures, rank
+from picinspector.rank import Ranking, failures, outermost, rank
 from picinspector.tables import Destination
 
 RUN = "20260101T000000.000Z-aaaaaa"
@@ -48,6 +49,26 @@ def dest(tmp_path: Path) -> Destination:
 
 def names(found: pa.Table) -> list[str]:
     return [Path(uri).stem for uri in found.column("uri").to_pylist()]
+
+
+def test_what_has_no_value_is_not_ranked(tmp_path: Path) -> None:
+    """Not as the best, as SQL would have it: NaN is the largest number there, and null the last."""
+    rows = [row("/lib/a.jpg", math.nan), row("/lib/b.jpg", 5), row("/lib/c.jpg", 4)]
+    rows[1]["attribute_sharpness"] = None
+    dest = Destination(tmp_path / "tables")
+    dest.write_parquet(f"{dest.table_path('scores', RUN)}/0.parquet", pa.Table.from_pylist(rows, schema=schema.SCORES))
+    dest.commit({"run_id": RUN, "kind": "score", "counts": {"to_do": 3}})
+    assert names(rank(dest)) == ["b", "c"] and rank(dest).column("library_percentile").to_pylist() == [100, 50]
+    assert names(rank(dest, Ranking(by="sharpness=1"))) == names(rank(dest, Ranking(by="sharpness"))) == ["c"]
+
+
+def test_names_of_copies_follow_the_library(dest: Destination) -> None:
+    assert outermost(dest) == ["/lib/a/1.jpg", "/lib/b/5.jpg"], "the run says no library"
+    for run, library in {"20260102T000000.000Z-b": "/lib/a", "20260103T000000.000Z-c": "s3://b/p/"}.items():
+        dest.commit({"run_id": run, "kind": "score", "library": library, "counts": {"to_do": 0}})
+    assert outermost(dest) == ["/lib/a/*", "s3://b/p/*"]
+    dest.commit({"run_id": "20260104T000000.000Z-d", "library": "s3://b/list.csv", "counts": {"to_do": 0}})
+    assert outermost(dest) == ["/lib/a/1.jpg", "/lib/b/5.jpg"], "a list's photos may be anywhere"
 
 
 def test_percentiles_are_the_share_a_photo_is_at_least_as_good_as(dest: Destination) -> None:

@@ -30,7 +30,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def everyday_commands() -> list[str]:
-    """Commands of the README that need no cluster and no bucket, and all of docs/curating.md, those of its table too."""
+    """Commands of the README that need no cluster and no bucket; and all of docs/curating.md, its table's too."""
     lines = [line for block in [*blocks("sh"), *blocks("sh", CURATING)] for line in block.splitlines()]
     lines += re.findall(r"\| `([^`]+)` \|$", CURATING, re.MULTILINE)
     return [*dict.fromkeys(line for line in lines if line.startswith("picinspector "))]

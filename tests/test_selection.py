@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from picinspector import selection
 from picinspector.cli import main
 from picinspector.curate import marks
 from picinspector.errors import UsageError
@@ -66,6 +67,26 @@ def test_diversity_takes_the_other_sight_second(dest: Destination) -> None:
     assert sorted(names(select(dest, Selection(best=6, diversity=1.0)))) == ["a", "b", "c", "d", "e", "f"]
 
 
+def test_only_likeness_counts_to_the_end_of_the_scale(tmp_path: Path) -> None:
+    """Of a hundred that are much alike and one that is not, the one comes second."""
+    dest = Destination(tmp_path / "tables")
+    rng = np.random.default_rng(0)
+    rows = [scored(f"p{number:03}", 9 - number / 100) for number in range(100)] + [scored("outlier", 2)]
+    alike = unit(*([1, 0, 0, 0] + 0.3 * rng.normal(size=(100, 4))))
+    commit(dest, RUN, rows, np.concatenate([alike, unit([-1, 0, 0, 0])]))
+    assert names(select(dest, Selection(best=2, diversity=1.0))) == ["p000", "outlier"]
+
+
+def test_a_quota_is_filled_from_below_the_best_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_LEAST_POOL", 5)
+    monkeypatch.setattr(selection, "_POOL", 1)
+    dest = Destination(tmp_path / "tables")
+    rows = [scored(f"n{number}", 9 - number / 10) for number in range(8)] + [scored("h", 2, "human")]
+    commit(dest, RUN, rows, apart(9))
+    assert names(select(dest, Selection(best=2, quotas={"human": 1, "*": 0}, diversity=0.5))) == ["h"]
+    assert names(select(dest, Selection(best=2, quotas={"human": 1, "*": 0}))) == ["h"]
+
+
 def test_diversity_by_hand(tmp_path: Path) -> None:
     """Unrelated photos are at right angles, so likeness is the cosine; b is 0.6 like a, c is 0."""
     dest = Destination(tmp_path / "tables")
@@ -95,6 +116,7 @@ def test_sidecars_say_stars_by_percentile_and_label_rejects(dest: Destination) -
     assert [name for name, mark in said.items() if mark.label] == ["a copy"]
     assert (said["d"].keywords, said["d"].quality_score) == (("human",), 6)
     assert not any(mark.label for mark in marks(dest, Selection(), None))
+    assert not any(mark.label for mark in marks(dest, Selection(duplicates=True))), "the copy is kept too"
 
 
 def test_embeddings_are_those_of_the_newest_row(dest: Destination) -> None:
@@ -120,10 +142,12 @@ def test_select_lists_links_and_marks_and_shows_it_first(tmp_path: Path, capsys:
     commit(dest, RUN, rows, apart(3))
     best, chosen = tmp_path / "best", tmp_path / "best.txt"
     command = ["select", dest.url, "--best", "2", "--link-to", str(best), "--xmp", "appended", "--list", str(chosen)]
-    assert main([*command, "--dry-run"]) == 0
+    assert main([*command, "--dry-run", "-o", str(tmp_path / "chosen.csv")]) == 0
     said = capsys.readouterr()
     assert said.err.count("symbolic link") == 2 and said.err.count("new sidecar") == 3 and "dry run" in said.err
+    assert f"write {chosen} (2 photos)" in said.err and "chosen.csv (2 photos)" in said.err
     assert not best.exists() and not chosen.exists() and not list(library.glob("*.xmp"))
+    assert not Path(f"{dest.root}/groups").exists() and not (tmp_path / "chosen.csv").exists()
     assert main(command) == 0
     assert sorted(path.name for path in best.iterdir()) == ["a.jpg", "b.jpg"]
     assert (best / "a.jpg").resolve() == (library / "a.jpg").resolve()
@@ -136,8 +160,18 @@ def test_select_lists_links_and_marks_and_shows_it_first(tmp_path: Path, capsys:
     assert main(["select", dest.url, "--best", "1", "--copy-to", str(library / "best")]) == 0
     assert "lies in the library" in capsys.readouterr().err
     assert (library / "best" / "a.jpg").read_bytes() == b"a"
-    assert main(["select", dest.url, "--quota", "night"]) == 2
-    assert "write it like --quota landscape=50" in capsys.readouterr().err
+    for wrong, advice in {
+        "--quota night": "write it like --quota landscape=50",
+        "--quota night=²": "write it like --quota landscape=50",
+        "--link hard": "say where to, with --link-to FOLDER",
+        "--reject-label Blue": "say which, with --xmp appended",
+        "--overwrite-ratings": "say which, with --xmp appended",
+        "--list best.jpg --dry-run": "a list is a .txt, .csv or .parquet file",
+        "--diversity 2": "Invalid value for '--diversity'",
+        f"--by quality_score={'9' * 400}": "a weight is too large",
+    }.items():
+        assert main(["select", dest.url, *wrong.split()]) == 2, wrong
+        assert advice in capsys.readouterr().err
 
 
 def test_search_by_words_says_when_a_bundle_has_none(dest: Destination, capsys: Any) -> None:
@@ -154,6 +188,6 @@ def test_curate_leaves_groups_a_selection_and_a_page(dest: Destination, tmp_path
     assert (said["selected"], said["groups"]["superfluous"], said["report"]["unreadable"]) == (3, 1, 7)
     assert pyarrow.parquet.read_table(said["selection"]).num_rows == 3
     assert page.read_bytes().lower().startswith(b"<!doctype html>")
-    assert main(["verify", dest.url, "--json"]) in (0, 1)
-    report = json.loads(capsys.readouterr().out)
-    assert not [found for found in report["problems"] if "groups" in json.dumps(found)]
+    main(["verify", dest.url, "--json"])  # these tables were written by hand: it finds much, but none of it here
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] and "groups" not in json.dumps(found["problems"])

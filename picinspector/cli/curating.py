@@ -44,18 +44,24 @@ TableOut = Annotated[
 
 BestCount = Annotated[int, typer.Option(min=1, metavar="N", help="How many photos to keep.")]
 Diverse = Annotated[bool, typer.Option("--diverse", help="Weigh likeness to what is chosen already against quality.")]
-Diversity = Annotated[float, typer.Option(help="How much, with --diverse: 0 only quality, 1 only likeness.")]
+Diversity = Annotated[float | None, typer.Option(min=0, max=1, help="How much, 0 to 1; default with --diverse: 0.5.")]
 Quota = Annotated[
     list[str] | None, typer.Option(metavar="SCENE=N", help="At most N of a scene; *=N of every other. May be repeated.")
 ]
 Duplicates = Annotated[bool, typer.Option("--duplicates", help="Also photos of which a better one is in their group.")]
-Nearness = Annotated[float, typer.Option(metavar="COSINE", help="Of two embeddings that may be near-duplicates.")]
+Nearness = Annotated[
+    float, typer.Option(metavar="COSINE", min=0.01, max=1, help="Of two embeddings that may be near-duplicates.")
+]
 NearBits = Annotated[int, typer.Option(metavar="BITS", min=0, max=64, help="Of 64 by which their hashes may differ.")]
-BurstSeconds = Annotated[float, typer.Option(metavar="S", min=0, help="Between two frames of a burst; 0: no bursts.")]
-BurstLikeness = Annotated[float, typer.Option(metavar="COSINE", help="Of the embeddings of two frames of a burst.")]
+BurstSeconds = Annotated[
+    float, typer.Option(metavar="S", min=0, max=3600, help="Between two frames of a burst; 0: no bursts.")
+]
+BurstLikeness = Annotated[
+    float, typer.Option(metavar="COSINE", min=0, max=1, help="Of the embeddings of two frames of a burst.")
+]
 ReportOut = Annotated[str | None, typer.Option("--out", "-o", metavar="HTML", help="The page; default in DEST.")]
 Photos = Annotated[int, typer.Option(min=1, metavar="N", help="Photos on the page, at most.")]
-MaxPage = Annotated[float, typer.Option(metavar="MB", help="Size of the page; thumbnails give way.")]
+MaxPage = Annotated[float, typer.Option(metavar="MB", min=1, max=1000, help="Size of the page; thumbnails give way.")]
 Title = Annotated[str, typer.Option(help="Of the page.")]
 
 
@@ -132,10 +138,12 @@ def groups(
     storage_options: StorageOptions = None,
 ) -> int:
     """Group the photos of DEST: exact copies, near-duplicates, bursts; and say which of each group to keep."""
-    from picinspector.groups import Ties, make
+    from picinspector.groups import Ties, describe, make, save
 
-    ties = Ties(near_similarity, near_bits, burst_seconds, burst_similarity)
-    said = make(_destination(dest, storage_options), ties)
+    tables = _destination(dest, storage_options)
+    found = make(tables, Ties(near_similarity, near_bits, burst_seconds, burst_similarity))
+    save(tables, found)
+    said = describe(found)
     print(json.dumps(said, indent=2) if as_json else groups_text(said))
     return 0
 
@@ -147,14 +155,14 @@ def select(
     scene: Scene = None,
     where: Where = None,
     diverse: Diverse = False,
-    diversity: Diversity = 0.5,
+    diversity: Diversity = None,
     quota: Quota = None,
     duplicates: Duplicates = False,
     copy_to: Annotated[
         str | None, typer.Option(metavar="PREFIX", help="Copy them below another prefix or folder.")
     ] = None,
     link_to: Annotated[str | None, typer.Option(metavar="FOLDER", help="Link them into a folder.")] = None,
-    link: Annotated[Link, typer.Option(help="The kind of link.")] = Link.symbolic,
+    link: Annotated[Link | None, typer.Option(help="The kind of link; default symbolic.")] = None,
     list_to: Annotated[
         str | None, typer.Option("--list", metavar="FILE", help="Write their URIs: .txt, .csv or .parquet.")
     ] = None,
@@ -162,11 +170,15 @@ def select(
         Naming | None,
         typer.Option(help="Write sidecars, photo.jpg.xmp or photo.xmp, for ALL photos the filter leaves."),
     ] = None,
-    reject_label: Annotated[str, typer.Option(metavar="LABEL", help="Of rejects in sidecars; empty for none.")] = "Red",
+    reject_label: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="Of rejects in sidecars; empty for none; default Red.")
+    ] = None,
     overwrite_ratings: Annotated[
         bool, typer.Option("--overwrite-ratings", help="Also ratings and labels that a person gave.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show each file to be made; make none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show each file to be made; make none, nor groups.")
+    ] = False,
     as_json: Json = False,
     as_csv: Csv = False,
     out: TableOut = None,
@@ -180,9 +192,19 @@ def select(
 
     if copy_to is not None and link_to is not None:
         raise UsageError("give --copy-to or --link-to, not both")
+    if link is not None and link_to is None:
+        raise UsageError("--link says how to link: say where to, with --link-to FOLDER")
+    if xmp is None and (overwrite_ratings or reject_label is not None):
+        raise UsageError("--overwrite-ratings and --reject-label are of sidecars: say which, with --xmp appended")
+    if list_to is not None:
+        export.check_suffix(list_to, lists=True)
+    if out is not None:
+        export.check_suffix(out)
     options, tables = parse_options(storage_options), _destination(dest, storage_options)
-    wanted = _selection(best, by, scene, where, diversity if diverse else 0.0, quota, duplicates)
-    chosen = choosing.select(tables, wanted)
+    if diversity is None:
+        diversity = 0.5 if diverse else 0.0
+    wanted = _selection(best, by, scene, where, diversity, quota, duplicates)
+    chosen = choosing.select(tables, wanted, keep=not dry_run)
     uris = chosen.column("uri").to_pylist()
     actions: list[Action] = []
     if copy_to is not None:
@@ -190,10 +212,14 @@ def select(
         actions += export.plan_copy(uris, copy_to, options, outermost(tables))
     if link_to is not None:
         _warn_of_libraries(tables, link_to)
-        actions += export.plan_links(uris, link_to, link.value, outermost(tables))
+        actions += export.plan_links(uris, link_to, link.value if link else "symbolic", outermost(tables))
     if xmp is not None:
-        said = marks(tables, wanted, reject_label or None)
+        label = "Red" if reject_label is None else reject_label or None
+        said = marks(tables, wanted, label, keep=not dry_run)
         actions += sidecar.plan(said, xmp.value, overwrite_ratings, options)
+    for file in (list_to, out) if dry_run else ():
+        if file is not None:
+            print(f"write {one_line(file)} ({len(uris):,} photos)", file=sys.stderr)
     if list_to is not None and not dry_run:
         export.write_list(uris, list_to, options)
     _show(chosen, as_json, as_csv, None if dry_run else out, storage_options)
@@ -295,7 +321,9 @@ def curate(
     by: By = "quality_score",
     scene: Scene = None,
     where: Where = None,
-    diversity: Diversity = 0.3,
+    diversity: Annotated[
+        float, typer.Option(min=0, max=1, help="How much likeness counts: 0 only quality, 1 only likeness.")
+    ] = 0.3,
     quota: Quota = None,
     out: ReportOut = None,
     photos: Photos = 2000,
@@ -334,7 +362,7 @@ def _selection(
     quotas: dict[str, int] = {}
     for text in quota or []:
         name, _, number = text.partition("=")
-        if not number.isdigit():
+        if not number.isdecimal():
             raise UsageError(f"--quota {one_line(text)}: write it like --quota landscape=50")
         quotas[name] = int(number)
     return Selection(best, by, scene, where, diversity, all_, quotas)
