@@ -27,6 +27,8 @@ _Answer = TypeVar("_Answer")
 
 #: Requests in flight for one batch: enough to hide object-store latency, few enough to share a node's network.
 CONCURRENCY = 32
+#: Taken for files whose store does not tell their size, where what is held at a time is bounded.
+UNKNOWN_BYTES = 16 * 1024**2
 _ATTEMPTS = 3
 _BACKOFF_S = 0.5
 #: What passes by itself within seconds. Of the other transient kinds, the same request gets the same answer.

@@ -21,7 +21,7 @@ from PIL import Image
 from picinspector import report
 from picinspector.errors import ErrorKind, PhotoError, StorageError, UsageError
 from picinspector.photo import thumbnail
-from picinspector.report import Options
+from picinspector.report import Options, thumbnails
 from picinspector.report.digest import GROUP_MEMBERS, Sections, digest
 from picinspector.report.page import policy
 from picinspector.report.thumbnails import LEFT_OUT
@@ -29,6 +29,7 @@ from picinspector.selection import save
 from picinspector.tables import Destination
 from picinspector.text import one_line
 from tests.report_library import jpeg, row, write, write_groups
+from tests.s3_server import S3Server
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror='pwned=1'>\"\u2028\u202e\n&amp;"
 
@@ -336,6 +337,22 @@ def test_photos_that_are_not_there_any_more_say_why(tmp_path: Path) -> None:
     assert "3 could not be read again" in " ".join(page.text.split())
 
 
+def test_photos_of_unknown_size_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 MB are read at a time: eight photos of unknown size, each taken for 16 MB."""
+    uri, windows, fetch = str(jpeg(tmp_path / "a.jpg")), [], thumbnails.fetch
+
+    def counting(uris: Sequence[str], *others: Any, **named: Any) -> list[bytes | PhotoError]:
+        windows.append(len(uris))
+        return fetch(uris, *others, **named)
+
+    monkeypatch.setattr(thumbnails, "fetch", counting)
+    for size, expected in ((None, [8, 8, 4]), (1000, [20]), (0, [20]), (200_000_000, [1] * 20)):
+        windows.clear()
+        photo = {"uri": uri, "etag": None, "size_bytes": size}
+        thumbnails.make([photo] * 20, 1_000_000)
+        assert windows == expected
+
+
 def test_the_size_is_kept(tmp_path: Path) -> None:
     rows = [row(jpeg(tmp_path / f"{n}.jpg", n, (700, 500), noise=90), 9.0 - n / 10) for n in range(24)]
     dest = write(tmp_path / "tables", rows)
@@ -386,6 +403,17 @@ def test_the_page_can_go_to_any_filesystem(tmp_path: Path) -> None:
     assert fsspec.filesystem("memory").cat_file("/report-test/page.html") == content
     report.write(dest, tmp_path / "new folder" / "r.html")
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["r.html"], "and nothing half"
+
+
+def test_a_browser_shows_the_page_from_a_bucket(tmp_path: Path, s3_server: S3Server, s3_bucket: str) -> None:
+    dest, url = write(tmp_path / "tables", [row(jpeg(tmp_path / "a.jpg"), 5.0)]), f"s3://{s3_bucket}/a b/report.html"
+    options = Options(storage_options=s3_server.storage_options)
+    said = report.write(dest, url, options)
+    stored = s3_server.client().get_object(Bucket=s3_bucket, Key="a b/report.html")
+    assert (said["out"], stored["ContentType"]) == (url, "text/html")
+    assert stored["Body"].read() == page_of(dest, tmp_path)[2]
+    with pytest.raises(StorageError, match=r"cannot write s3://no-such-bucket-\S+/r.html: .*; name a file"):
+        report.write(dest, f"s3://no-such-bucket-{s3_bucket}/r.html", options)
 
 
 def test_where_it_cannot_be_written(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from picinspector.atomic import WholeFileSystem
+from picinspector.actions import write_file
 from picinspector.errors import StorageError, UsageError
 from picinspector.report import page, thumbnails
 from picinspector.report.digest import Sections, digest
-from picinspector.storage import is_local, is_storage_error, local_path, open_filesystem, redact, to_photo_error
+from picinspector.storage import is_local, is_storage_error, local_path, redact, to_photo_error
 from picinspector.tables import Destination
 
 _MEGABYTE = 1_000_000
@@ -50,7 +50,8 @@ def write(dest: Destination, out: str | os.PathLike[str], options: Options = Opt
 
     Args:
         dest: the tables; its `groups` table is shown where there is one.
-        out: path or fsspec URL of the page, which appears whole or not at all.
+        out: path or fsspec URL of the page, which appears whole or not at all. On S3 it gets the content type that its
+            name tells: `.html` is shown by browsers.
         options: what it shows.
 
     Returns:
@@ -101,13 +102,8 @@ def _check(out: str) -> None:
 
 
 def _write(out: str, content: bytes, storage_options: Mapping[str, Any] | None) -> None:
-    filesystem, path = open_filesystem(out, storage_options)
-    if is_local(out):
-        filesystem = WholeFileSystem()
     try:
-        if is_local(out):
-            filesystem.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120
-        filesystem.pipe_file(path, content)
+        write_file(out, content, storage_options)
     except Exception as error:
         if not is_storage_error(error):
             raise

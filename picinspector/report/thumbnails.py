@@ -15,7 +15,7 @@ from PIL import Image
 
 from picinspector.errors import PhotoError
 from picinspector.photo import thumbnail
-from picinspector.storage import fetch
+from picinspector.storage import UNKNOWN_BYTES, fetch
 
 #: Bytes of photos that are fetched at a time; they are dropped as soon as they are decoded.
 _WINDOW_BYTES = 128 * 1024**2
@@ -138,11 +138,12 @@ def _windows(photos: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, 
     window: list[Mapping[str, Any]] = []
     size = 0
     for photo in photos:
-        size += photo["size_bytes"] or 0
-        if window and size > _WINDOW_BYTES:
+        bytes_ = UNKNOWN_BYTES if photo["size_bytes"] is None else photo["size_bytes"]
+        if window and size + bytes_ > _WINDOW_BYTES:
             yield window
-            window, size = [], photo["size_bytes"] or 0
+            window, size = [], 0
         window.append(photo)
+        size += bytes_
     if window:
         yield window
 

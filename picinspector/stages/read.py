@@ -18,12 +18,10 @@ from picinspector.photo import CropSpec, Limits, decode
 from picinspector.preprocess import captioner_preprocess, clip_preprocess, dinov2_preprocess
 from picinspector.stages import CROP_COLUMNS, Report, count_kinds, describe_batch
 from picinspector.stages.guard import TIMEOUT_S, Guard, deadline
-from picinspector.storage import StorageOptions, fetch
+from picinspector.storage import UNKNOWN_BYTES, StorageOptions, fetch
 
 #: Encoded bytes one task holds at a time: 64 camera raws of 30 MB would be 2 GB a task.
 _WINDOW_BYTES = 256 * 1024**2
-#: Taken for files whose store does not tell their size.
-_UNKNOWN_BYTES = 16 * 1024**2
 
 
 def crops_of(bundle: Bundle, captions: bool = False) -> dict[str, CropSpec]:
@@ -112,7 +110,7 @@ def _windows(sizes: Sequence[int | None], max_bytes: int) -> Iterator[slice]:
     """Stretches of a batch whose files fit `_WINDOW_BYTES` together; a larger file is alone in its own."""
     start = total = 0
     for index, size in enumerate(sizes):
-        bytes_ = min(size if size is not None else _UNKNOWN_BYTES, max_bytes)
+        bytes_ = min(size if size is not None else UNKNOWN_BYTES, max_bytes)
         if index > start and total + bytes_ > _WINDOW_BYTES:
             yield slice(start, index)
             start, total = index, 0
