@@ -6,6 +6,7 @@
     view: '', text: '', scene: '', low: 1, high: 10, attribute: 0, least: 0, sort: 'view', descending: true, photo: -1,
   });
   const OWN_SECTIONS = ['errors', 'runs'];
+  const SLIDERS = ['low', 'high', 'least'];
   const SVG = 'http://www.w3.org/2000/svg';
 
   const byId = (id) => document.getElementById(id);
@@ -14,9 +15,10 @@
   const viewNames = viewButtons.map((button) => button.dataset.view);
 
   let state = { ...START };
-  /** Places in data.photos in the order they are shown, and the buttons that show them. */
-  let order = [];
+  /** The buttons that are shown, the places in data.photos of their photos, and the one that the tab key stops at. */
   let cards = [];
+  let order = [];
+  let stop = null;
 
   // --- making elements: text is only ever text -----------------------------------------------------------------------
 
@@ -101,19 +103,20 @@
     return state.descending ? -larger : larger;
   }
 
-  function placesOf(view) {
-    if (view === 'groups') return data.groups.flatMap((group) => group.members);
-    if (view === 'all') return data.photos.map((_, index) => index).sort((a, b) => data.photos[a].rank - data.photos[b].rank);
-    return data.views[view] || [];
+  /** Of each view the places in data.photos, in its order. */
+  const places = {
+    ...data.views,
+    groups: data.groups.flatMap((group) => group.members),
+    all: data.photos.map((_, index) => index).sort((a, b) => data.photos[a].rank - data.photos[b].rank),
+  };
+
+  function wantedOf(view) {
+    const wanted = (places[view] || []).filter((index) => matches(data.photos[index]));
+    if (state.sort === 'view') return state.descending ? wanted : wanted.reverse();
+    return wanted.sort(compare);
   }
 
-  function sorted(places) {
-    const kept = places.filter((index) => matches(data.photos[index]));
-    if (state.sort === 'view') return state.descending ? kept : kept.reverse();
-    return kept.sort(compare);
-  }
-
-  // --- showing them --------------------------------------------------------------------------------------------------
+  // --- showing them: what is made once for a view is shown again, or left out, or moved -------------------------------
 
   function card(index) {
     const photo = data.photos[index];
@@ -133,42 +136,62 @@
       frame, words);
     const item = element('li', {}, button);
     item.style.setProperty('--ratio', Math.min(2.4, Math.max(0.62, photo.ratio)).toFixed(3));
-    cards.push(button);
     return item;
   }
 
-  const list = (places) => element('ul', { class: 'photos' }, ...places.map(card));
-
-  function groupSection(group, shown) {
+  function groupSection(at) {
+    const group = data.groups[at];
     const pick = data.photos[group.members[0]];
     const more = group.size - group.members.length;
-    const rest = more > 0 ? ` ${count(more)} more are not shown.` : '';
+    const rest = more > 0 ? ` ${count(more)} more ${more === 1 ? 'is' : 'are'} not shown.` : '';
     return element('section', { class: 'group' },
       element('h3', {}, group.kind === 'burst' ? `Burst of ${group.size}` : `${group.size} ${group.kind}`),
       element('p', {}, 'Pick: ', element('bdi', {}, pick.name), pick.reason ? ` – ${pick.reason}.` : '.', rest),
-      list(shown));
+      element('ul', { class: 'photos' }, ...group.members.map(card)));
   }
 
+  /** Of each view its element, and the parts made so far: cards by photo; in the view `groups` sections by group. */
+  const made = {};
+
   /** Groups with a photo that is wanted, all of their members; sorted by the first of those. */
-  function showGroups(wanted) {
-    const sections = [...new Set(wanted.map((index) => data.photos[index].group))];
-    order = sections.flatMap((at) => data.groups[at].members);
-    return sections.map((at) => groupSection(data.groups[at], data.groups[at].members));
+  function partsOf(wanted) {
+    const groups = state.view === 'groups';
+    made[state.view] ??= { whole: groups ? element('div') : element('ul', { class: 'photos' }), parts: new Map() };
+    const { parts } = made[state.view];
+    const keys = groups ? new Set(wanted.map((index) => data.photos[index].group)) : wanted;
+    return [...keys].map((key) => {
+      if (!parts.has(key)) parts.set(key, groups ? groupSection(key) : card(key));
+      return parts.get(key);
+    });
+  }
+
+  /** Give a parent these children, in this order. Those that stay in place are not touched: that is what takes time. */
+  function arrange(parent, children) {
+    const wanted = new Set(children);
+    for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
+    let next = parent.firstElementChild;
+    for (const child of children) {
+      if (child === next) next = next.nextElementSibling;
+      else parent.insertBefore(child, next);
+    }
   }
 
   function show() {
-    nearScreen.disconnect();
-    cards = [];
     const own = OWN_SECTIONS.includes(state.view);
     for (const name of OWN_SECTIONS) byId(name).hidden = name !== state.view;
     byId('lead').textContent = data.leads[state.view] || '';
-    const wanted = own ? [] : sorted([...placesOf(state.view)]);
-    order = wanted;
-    const shown = state.view === 'groups' ? showGroups(wanted) : wanted.length ? [list(wanted)] : [];
-    if (!shown.length && !own) shown.push(element('p', { class: 'empty' }, 'No photo of this view fits these filters.'));
-    byId('view').replaceChildren(...shown);
-    if (cards.length) cards[0].tabIndex = 0;
-    const all = placesOf(state.view).length;
+    const wanted = wantedOf(state.view);
+    const parts = own ? [] : partsOf(wanted);
+    if (parts.length) {
+      arrange(made[state.view].whole, parts);
+      arrange(byId('view'), [made[state.view].whole]);
+    } else {
+      byId('view').replaceChildren(...(own ? [] : [element('p', { class: 'empty' }, 'No photo of this view fits these filters.')]));
+    }
+    cards = parts.flatMap((part) => [...part.querySelectorAll('.card')]);
+    order = cards.map((button) => Number(button.dataset.index));
+    if (cards.length) stopAt(cards[0]);
+    const all = own ? 0 : places[state.view].length;
     byId('status').textContent = own ? '' : wanted.length === all ? `${count(all)} photos` : `${count(wanted.length)} of ${count(all)} photos fit`;
   }
 
@@ -193,12 +216,32 @@
     }
   }
 
-  function update(changes) {
+  function change(changes) {
+    if ('view' in changes) bringIntoSight(viewButtons.find((button) => button.dataset.view === changes.view));
     state = { ...state, ...changes };
     if (state.low > state.high) [state.low, state.high] = 'low' in changes ? [state.low, state.low] : [state.high, state.high];
     showControls();
     show();
+  }
+
+  /** On a phone the row of views is wider than the screen. */
+  function bringIntoSight(button) {
+    const row = button.parentElement;
+    row.scrollLeft = button.offsetLeft - row.offsetLeft - (row.clientWidth - button.offsetWidth) / 2;
+  }
+
+  let frame = 0;
+
+  function update(changes) {
+    cancelAnimationFrame(frame);
+    change(changes);
     writeHash();
+  }
+
+  /** While a slider is dragged: once a frame, and not into the address, which browsers let a page write so often only. */
+  function drag(changes) {
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(() => change(changes));
   }
 
   // --- the address keeps the state -----------------------------------------------------------------------------------
@@ -363,9 +406,14 @@
 
   // --- keys ----------------------------------------------------------------------------------------------------------
 
+  function stopAt(button) {
+    if (stop) stop.tabIndex = -1;
+    stop = button;
+    stop.tabIndex = 0;
+  }
+
   function focusCard(button) {
-    for (const other of cards) if (other.tabIndex === 0) other.tabIndex = -1;
-    button.tabIndex = 0;
+    stopAt(button);
     button.focus();
     button.scrollIntoView({ block: 'nearest' });
   }
@@ -432,7 +480,11 @@
   function listen() {
     for (const button of viewButtons) button.addEventListener('click', () => update({ view: button.dataset.view, sort: 'view', descending: true }));
     for (const name of ['text', 'scene', 'sort']) byId(name).addEventListener('input', (event) => update({ [name]: event.target.value }));
-    for (const name of ['low', 'high', 'attribute', 'least']) byId(name).addEventListener('input', (event) => update({ [name]: Number(event.target.value) }));
+    byId('attribute').addEventListener('input', (event) => update({ attribute: Number(event.target.value) }));
+    for (const name of SLIDERS) {
+      byId(name).addEventListener('input', (event) => drag({ [name]: Number(event.target.value) }));
+      byId(name).addEventListener('change', (event) => update({ [name]: Number(event.target.value) }));
+    }
     byId('direction').addEventListener('click', () => update({ descending: !state.descending }));
     byId('reset').addEventListener('click', () => update({ ...START, view: state.view }));
     byId('filters-toggle').addEventListener('click', () => openFilters(!byId('filters').classList.contains('open')));

@@ -140,17 +140,19 @@ def _leads(found: Digest) -> dict[str, str]:
     middle = f"the median, {cut}"
     if summary["selected"]:
         middle = f"{cut}, above which there are as many photos as were selected"
+    groups = "All groups"
+    if len(found.groups) < summary["groups"]:
+        groups = f"The {len(found.groups):,} largest of {summary['groups']:,} groups"
     shown = len(found.views["selected"])
     more = f" The first {shown:,} of {summary['selected']:,}." if shown < summary["selected"] else ""
     return {
-        "selected": f"The photos to keep, in the order in which they were chosen: one of each group.{more}",
+        "selected": f"The photos to keep, in the order in which they were chosen.{more}",
         "best": "The highest quality scores of the library.",
         "worst": "The lowest quality scores of the library, the worst first.",
         "borderline": f"Closest to {middle}: whether these are in or out is a matter of taste. Look at them yourself.",
         "improvable": "Where the suggestions promise the largest gain: points of quality score, were what they name "
         "good. An estimate from rated photos, no promise for one.",
-        "groups": f"Photos of one moment, the pick first, and why. The {len(found.groups):,} largest of "
-        f"{summary['groups']:,} groups, of each up to {GROUP_MEMBERS} photos.",
+        "groups": f"Photos of one moment, the pick first, and why. {groups}, of each up to {GROUP_MEMBERS} photos.",
         "all": _selection(found),
     }
 
