@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mimetypes
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from picinspector.atomic import WholeFileSystem
+from picinspector.atomic import PART_SUFFIX, WholeFileSystem
 from picinspector.errors import PhotoError, PicInspectorError
 from picinspector.storage import is_local, is_storage_error, open_filesystem, to_photo_error
 from picinspector.text import escaped
@@ -98,11 +100,76 @@ def write_file(uri: str, content: bytes, options: Mapping[str, Any] | None = Non
             os.chmod(path, mode)  # noqa: PTH101
     elif hasattr(filesystem, "call_s3"):  # s3fs's own call reads `?versionId=` in keys as a word of its own
         bucket, key = filesystem._find_bucket_key(path)
-        kind = mimetypes.guess_type(f"name{os.path.splitext(key)[1]}")[0] or "application/octet-stream"  # noqa: PTH122
-        filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=content, ContentType=kind)
+        filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=content, ContentType=_content_type(key))
         filesystem.invalidate_cache()
     else:
         filesystem.pipe_file(path, content)
+
+
+def create_file(uri: str, content: bytes, options: Mapping[str, Any] | None = None) -> None:
+    """Write a file that is there whole or not at all, where there is none of its name.
+
+    Local file systems without hard links (FAT, some network shares) get an empty file first, which ours then replaces.
+    S3 stores that know no conditional writes, and other stores, are only asked before.
+
+    Raises:
+        FileExistsError: there is one.
+        Exception: any storage library's own.
+    """
+    filesystem, path = open_filesystem(uri, options)
+    if is_local(uri):
+        _create_local(path, content)
+    elif hasattr(filesystem, "call_s3"):
+        put_new(filesystem, "put_object", path, Body=content, ContentType=_content_type(path))
+        filesystem.invalidate_cache()
+    else:
+        filesystem.pipe_file(path, content, mode="create")
+
+
+def _create_local(path: str, content: bytes) -> None:
+    folder = os.path.dirname(path)  # noqa: PTH120
+    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+    part = f"{folder}/{secrets.token_hex(8)}{PART_SUFFIX}"
+    try:
+        WholeFileSystem().pipe_file(part, content)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here; what else it may be, the next line meets too
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            os.replace(part, path)  # noqa: PTH105
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)  # noqa: PTH108
+
+
+def put_new(filesystem: Any, method: str, path: str, **request: Any) -> None:
+    """Call S3's `put_object` or `copy_object` for a key that must be new.
+
+    Stores that refuse the condition itself are asked again without; others may overlook it (Ceph 16 that of copies).
+
+    Raises:
+        FileExistsError: there is one, or another condition of the request does not hold.
+        Exception: any storage library's own.
+    """
+    bucket, key = filesystem._find_bucket_key(path)
+    try:
+        try:
+            filesystem.call_s3(method, Bucket=bucket, Key=key, IfNoneMatch="*", **request)
+        except OSError as error:
+            if error.errno != errno.ENOSYS:  # S3's NotImplemented, as s3fs translates it
+                raise
+            filesystem.call_s3(method, Bucket=bucket, Key=key, **request)
+    except OSError as error:
+        response = getattr(error.__cause__, "response", {})
+        if response.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
+        raise
+
+
+def _content_type(path: str) -> str:
+    return mimetypes.guess_type(f"name{os.path.splitext(path)[1]}")[0] or "application/octet-stream"  # noqa: PTH122
 
 
 def _do(action: Action) -> Action:

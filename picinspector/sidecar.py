@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from picinspector import xmp
-from picinspector.actions import Action, State, write_file
+from picinspector.actions import Action, State, create_file, write_file
 from picinspector.errors import ErrorKind, PhotoError
 from picinspector.photo import RAW_SUFFIXES
 from picinspector.storage import fetch
@@ -52,8 +52,13 @@ def plan(
 ) -> list[Action]:
     """What to write so that these photos' sidecars say this; for `actions.carry_out`.
 
-    A person's rating or label stays, in a sidecar or inside of the photo, and then ours is not written. Where photos
-    share a sidecar (`a.jpg` and `a.raw` have `a.xmp`), the raw's mark counts. A rerun changes no byte.
+    A person's rating or label stays, in a sidecar or inside of the photo, and then ours is not written; nor is a label
+    where a person gave a rating. To see them every photo is read whose sidecar leaves that open, in a rerun too: the
+    first megabyte of a JPEG, all of others.
+
+    Where photos share a sidecar (`a.jpg` and `a.nef` have `a.xmp`), the raw's mark counts. Where the raw has no mark,
+    `a.xmp` is its own: `a.jpg` gets `a.jpg.xmp`, or with `replaced` is refused, for who asks for that reads no other.
+    A rating in `a.xmp` counts for both, which are one shot. A rerun changes no byte.
 
     Args:
         marks: one for each photo.
@@ -62,30 +67,46 @@ def plan(
         storage_options: fsspec storage options.
 
     Returns:
-        one action for each sidecar: to do, already as it should be, or refused (on the web, not readable).
+        one action for each sidecar: to do, already as it should be, or refused (on the web, not readable, a raw's).
     """
     web = [mark for mark in marks if mark.uri.startswith(("http://", "https://"))]
     marks = [mark for mark in marks if not mark.uri.startswith(("http://", "https://"))]
     refusal = "a web server takes no sidecars; copy the photo first"
     actions = [Action("new sidecar", mark.uri, _name(mark.uri, naming), refusal, "refused") for mark in web]
-    sidecars, unlisted = xmp.list_sidecars([mark.uri for mark in marks], storage_options)
+    sidecars, raws, unlisted = xmp.list_sidecars([mark.uri for mark in marks], storage_options)
+    of_raws = _raws_alone(marks, raws)
     reachable = []
     for mark in marks:
+        refusal = ""
         if (error := unlisted.get(posixpath.dirname(mark.uri))) is not None:
-            actions.append(Action("new sidecar", mark.uri, _name(mark.uri, naming), str(error), "refused"))
+            refusal = str(error)
+        elif naming == "replaced" and mark.uri in of_raws and mark.uri not in sidecars:
+            name, raw = posixpath.basename(_name(mark.uri, naming)), posixpath.basename(of_raws[mark.uri])
+            refusal = f"{name} is the sidecar of {raw}, which is not marked: mark that too, or append names"
+        if refusal:
+            actions.append(Action("new sidecar", mark.uri, _name(mark.uri, naming), refusal, "refused"))
         else:
             reachable.append(mark)
-    wanted = _assign(reachable, naming, sidecars)
+    wanted = _assign(reachable, naming, sidecars, of_raws)
     for start in range(0, len(wanted), _BATCH):
         actions += _plan(wanted[start : start + _BATCH], overwrite_ratings, storage_options)
     return actions
+
+
+def _raws_alone(marks: Sequence[Mark], raws: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Photo -> the raw file of its stem, for photos whose raw files have no mark."""
+    marked = {mark.uri for mark in marks}
+    beside = {mark.uri: raws.get(posixpath.splitext(mark.uri)[0], ()) for mark in marks}
+    return {uri: found[0] for uri, found in beside.items() if found and marked.isdisjoint(found)}
 
 
 def _name(uri: str, naming: Naming) -> str:
     return f"{uri if naming == 'appended' else posixpath.splitext(uri)[0]}.xmp"
 
 
-def _assign(marks: Sequence[Mark], naming: Naming, sidecars: Mapping[str, str]) -> list[_Sidecar]:
+def _assign(
+    marks: Sequence[Mark], naming: Naming, sidecars: Mapping[str, str], of_raws: Mapping[str, str]
+) -> list[_Sidecar]:
     """The sidecar of each mark: what is there, else a new one; of two that are there, the one of this naming."""
     shared: dict[str, list[Mark]] = {}
     others: dict[str, set[str]] = {}
@@ -93,10 +114,11 @@ def _assign(marks: Sequence[Mark], naming: Naming, sidecars: Mapping[str, str]) 
     for mark in {mark.uri: mark for mark in marks}.values():
         there = xmp.beside_photo(mark.uri, sidecars)
         there = there if naming == "appended" else there[::-1]
-        uri = there[0] if there else _name(mark.uri, naming)
+        usable = [path for path in there if mark.uri not in of_raws or path == sidecars.get(mark.uri)]
+        uri = usable[0] if usable else _name(mark.uri, "appended" if mark.uri in of_raws else naming)
         shared.setdefault(uri, []).append(mark)
-        others.setdefault(uri, set()).update(there[1:])
-        found.update(there[:1])
+        others.setdefault(uri, set()).update(path for path in there if path != uri)
+        found.update(usable[:1])
 
     def rank(mark: Mark) -> tuple[bool, str]:
         return posixpath.splitext(mark.uri)[1].lower() not in RAW_SUFFIXES, mark.uri
@@ -110,17 +132,18 @@ def _assign(marks: Sequence[Mark], naming: Naming, sidecars: Mapping[str, str]) 
 def _plan(sidecars: Sequence[_Sidecar], overwrite: bool, options: Mapping[str, Any] | None) -> Iterator[Action]:
     paths = [path for one in sidecars for path in ((one.uri,) * one.exists + one.others)]
     contents = dict(zip(paths, fetch(paths, options, MAX_BYTES), strict=True))
-    # A photo is read only where a rating of ours would be new: reading them all is the cost of never overruling one.
-    unread = [one for one in sidecars if not overwrite and one.marks[0].rating and not _rated(contents.get(one.uri))]
+    unread = [one for one in sidecars if not overwrite and _is_open(contents.get(one.uri), one.marks[0])]
     embedded = xmp.read_embedded([mark.uri for one in unread for mark in one.marks], options)
     for one in sidecars:
         data = contents.get(one.uri)
         mark, kind = one.marks[0], "changed sidecar" if one.exists else "new sidecar"
         try:
-            inside = [_or_raise(embedded[mark.uri]) for mark in one.marks if mark.uri in embedded]
-            beside = [xmp.find_persons_rating(_or_raise(contents[uri])) for uri in one.others]
-            rated = any(inside) or any(beside)
-            edited = edit(None if data is None else _or_raise(data), mark, rated, overwrite)
+            elsewhere = [_or_raise(embedded[mark.uri]) for mark in one.marks if mark.uri in embedded]
+            for uri in one.others:
+                beside = _or_raise(contents[uri])
+                elsewhere.append(xmp.Found(xmp.find_persons_rating(beside), xmp.find_persons_label(beside)))
+            how = (any(found.rating for found in elsewhere), any(found.label for found in elsewhere), overwrite)
+            edited = edit(None if data is None else _or_raise(data), mark, *how)
         except PhotoError as error:
             yield Action(kind, mark.uri, one.uri, error.message, "refused")
             continue
@@ -128,28 +151,33 @@ def _plan(sidecars: Sequence[_Sidecar], overwrite: bool, options: Mapping[str, A
         if edited.content is None:
             yield Action(kind, mark.uri, one.uri, note, "already")
         else:
-            write = partial(_write, one.uri, mark, rated, overwrite, note, options)
+            write = partial(_write, one.uri, mark, how, note, options)
             yield Action(kind, mark.uri, one.uri, note, perform=write)
 
 
 def _write(
-    uri: str, mark: Mark, rated_elsewhere: bool, overwrite: bool, note: str, options: Mapping[str, Any] | None
+    uri: str, mark: Mark, how: tuple[bool, bool, bool], note: str, options: Mapping[str, Any] | None
 ) -> tuple[State, str]:
     """Edit the sidecar as it is now: a program may have saved it since it was planned."""
     [data] = fetch([uri], options, MAX_BYTES)
     missing = isinstance(data, PhotoError) and data.kind == ErrorKind.NOT_FOUND
-    content = edit(None if missing else _or_raise(data), mark, rated_elsewhere, overwrite).content
+    content = edit(None if missing else _or_raise(data), mark, *how).content
     if content is None:
         return "already", note
-    write_file(uri, content, options)
+    (create_file if missing else write_file)(uri, content, options)
     return "done", note
 
 
-def _rated(data: bytes | PhotoError | None) -> bool:
-    """Whether a sidecar decides about the rating by itself: it holds one, or held ours."""
+def _is_open(data: bytes | PhotoError | None, mark: Mark) -> bool:
+    """Whether what is in the photo matters to its mark: unless a person's rating or label is in the sidecar already.
+
+    Ours that a person took back are as good as a person's.
+    """
     if not isinstance(data, bytes):
-        return False
-    return bool(xmp.find_rating(data)) or xmp.find_written_rating(data) is not None
+        return bool(mark.rating or mark.label)
+    rating_open = (xmp.find_rating(data) or None) == xmp.find_written_rating(data)
+    label_open = xmp.find_label(data) == xmp.find_written_label(data)
+    return bool((mark.rating and rating_open) or (mark.label and label_open))
 
 
 def _or_raise(value: Any) -> Any:

@@ -159,9 +159,10 @@ def content_of(data: bytes | None, mark: Mark, **how: bool) -> bytes:
     return content
 
 
-def jpeg(rating: int | None = None) -> bytes:
+def jpeg(rating: int | None = None, label: str | None = None) -> bytes:
     buffer = io.BytesIO()
-    extra = {} if rating is None else {"xmp": simple(f'xmp:Rating="{rating}"', "")}
+    said = f'xmp:Rating="{rating}"' * (rating is not None) + f' xmp:Label="{label}"' * (label is not None)
+    extra = {"xmp": simple(said, "")} if said else {}
     Image.new("RGB", (8, 8)).save(buffer, "JPEG", **extra)
     return buffer.getvalue()
 
@@ -236,12 +237,31 @@ def test_a_rating_is_overwritten_when_told_so() -> None:
 
 
 def test_a_rating_elsewhere_keeps_ours_out() -> None:
-    edited = edit(None, Mark("a.jpg", 4, "Red"), rated_elsewhere=True)
+    edited = edit(None, Mark("a.jpg", 4, keywords=("night",)), rated_elsewhere=True)
     assert edited.content is not None
-    assert values(edited.content) == {"Label": "Red", "WrittenLabel": "Red"}
-    assert edited.notes[0] == "a person rated it already: no rating of ours"
+    assert values(edited.content) == {"subject": ["night"], "WrittenKeywords": ["night"]}
+    assert edited.notes == ("a person rated it already: no rating of ours", "keywords night")
     ours = simple('xmp:Rating="4" pi:WrittenRating="4"', "")
     assert values(content_of(ours, Mark("a.jpg", 4), rated_elsewhere=True)) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "elsewhere", "note"),
+    [
+        ('xmp:Rating="5"', {}, "a person's rating 5 stays; a person rated it already: no label of ours"),
+        ("", {"rated_elsewhere": True}, "a person rated it already: no rating of ours, no label of ours"),
+        ("", {"labelled_elsewhere": True}, "a person labelled it already: no label of ours; rating 4"),
+    ],
+)
+def test_a_photo_that_a_person_rated_or_labelled_gets_no_label(before: str, elsewhere: Any, note: str) -> None:
+    edited = edit(simple(before, ""), Mark("a.jpg", 4, "Red"), **elsewhere)
+    assert "Label" not in values(edited.content or b"<x/>")
+    assert sorted("; ".join(edited.notes).split("; ")) == sorted(note.split("; "))
+    ours = simple(f'{before} xmp:Label="Red" pi:WrittenLabel="Red"', "")
+    assert "Label" not in values(content_of(ours, Mark("a.jpg", 4, "Red"), **elsewhere))  # ours of before goes
+    persons = simple(f'{before} xmp:Label="Green"', "")
+    assert values(edit(persons, Mark("a.jpg", 4, "Red"), **elsewhere).content or persons)["Label"] == "Green"
+    assert values(content_of(persons, Mark("a.jpg", 4, "Red"), overwrite=True, **elsewhere))["Label"] == "Red"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +345,11 @@ def test_what_exiftool_wrote_is_read_and_edited_and_what_we_wrote_it_edits(tmp_p
     assert xmp.find_rating(path.read_bytes()) == 4
     edited = edit(path.read_bytes(), Mark("a.jpg", 2, "Red", ("best",)))
     assert edited.content is not None
-    assert edited.notes == ("a person's rating 4 stays", "label Red", "keywords best")
+    assert edited.notes == (
+        "a person rated it already: no label of ours",
+        "a person's rating 4 stays",
+        "keywords best",
+    )
     path.write_bytes(edited.content)
     found = seen_by_exiftool(path)
     assert (found["XMP-xmp:Rating"], found["XMP-dc:Subject"], found["XMP-dc:Title"]) == (4, ["mine", "best"], "Hello")
@@ -473,13 +497,88 @@ def test_a_rating_inside_of_the_photo_is_a_persons(tmp_path: Path) -> None:
     assert xmp.find_rating((tmp_path / "a.jpg.xmp").read_bytes()) == 3
 
 
+def test_a_rating_that_a_person_puts_into_the_photo_later_takes_the_place_of_ours(tmp_path: Path) -> None:
+    photo, beside = tmp_path / "a.jpg", tmp_path / "a.jpg.xmp"
+    photo.write_bytes(jpeg())
+    run([Mark(str(photo), 2, "Red")])
+    assert values(beside.read_bytes())["Rating"] == "2"
+    photo.write_bytes(jpeg(5))  # as Lightroom does
+    [action] = run([Mark(str(photo), 3, "Red")])
+    assert action.state == "done"
+    assert values(beside.read_bytes()) == {}
+    assert xmp.read_ratings([str(photo)]) == ({str(photo): 5}, 0)
+    [again] = run([Mark(str(photo), 3, "Red")])
+    assert again.state == "already"
+
+
+def test_a_photo_is_read_only_where_a_person_has_not_said_all_in_its_sidecar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person's rating and label in the sidecar, or ours that a person took back, settle it."""
+    said = {
+        "both": 'xmp:Rating="5" xmp:Label="Green"',
+        "back": 'pi:WrittenRating="2" pi:WrittenLabel="Red"',
+        "ours": 'xmp:Rating="2" pi:WrittenRating="2" xmp:Label="Red" pi:WrittenLabel="Red"',
+        "ours and theirs": 'xmp:Rating="5" xmp:Label="Red" pi:WrittenLabel="Red"',
+        "nothing": "",
+    }
+    for name, text in said.items():
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg())
+        (tmp_path / f"{name}.jpg.xmp").write_bytes(simple(text, ""))
+    asked: list[str] = []
+    real = xmp.read_embedded
+    monkeypatch.setattr(xmp, "read_embedded", lambda uris, options: asked.extend(uris) or real(uris, options))
+    sidecar.plan([Mark(f"{tmp_path}/{name}.jpg", 3, "Red") for name in said], "appended")
+    assert {Path(uri).stem for uri in asked} == {"ours", "ours and theirs", "nothing"}
+
+
+def test_a_label_inside_of_the_photo_or_in_the_other_sidecar_is_a_persons(tmp_path: Path) -> None:
+    for name, content in {"a": jpeg(label="Green"), "b": jpeg(5, "Green"), "c": jpeg(), "d": jpeg(label="")}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    (tmp_path / "c.xmp").write_bytes(simple('xmp:Label="Green"', ""))
+    (tmp_path / "c.jpg.xmp").write_bytes(simple("", ""))
+    done = run([Mark(f"{tmp_path}/{name}.jpg", 3, "Red", ("night",)) for name in "abcd"])
+    assert [action.note for action in done] == [
+        "a person labelled it already: no label of ours; rating 3; keywords night",
+        "a person rated it already: no rating of ours, no label of ours; keywords night",
+        "a person labelled it already: no label of ours; rating 3; keywords night",
+        "rating 3; label Red; keywords night",
+    ]
+    found = [values((tmp_path / f"{name}.jpg.xmp").read_bytes()).get("Label") for name in "abcd"]
+    assert found == [None, None, None, "Red"]
+    run([Mark(f"{tmp_path}/b.jpg", 3, "Red")], overwrite_ratings=True)
+    assert values((tmp_path / "b.jpg.xmp").read_bytes())["Label"] == "Red"
+
+
+@pytest.mark.parametrize(
+    ("description", "label"),
+    [
+        ('xmp:Label="Green"/>', "Green"),
+        ("xmp:Label = 'K&#228;se &amp; \"x\"' />", 'Käse & "x"'),
+        ("><xmp:Label>Review Later</xmp:Label></rdf:Description>", "Review Later"),
+        ('xmp:Label=""/>', None),
+        ("><xmp:Label></xmp:Label></rdf:Description>", None),
+        ("><xmp:Label/></rdf:Description>", None),
+        ('xmp:LabelOf="Green"/>', None),
+        ('xmp:Rating="4"/>', None),
+    ],
+)
+def test_a_label_is_read_from_a_packet(description: str, label: str | None) -> None:
+    data = simple("", "").replace(b"></rdf:Description>", f" {description}".encode())
+    etree.fromstring(data)
+    assert xmp.find_label(data) == xmp.find_persons_label(data) == label
+    ours = content_of(None, Mark("a.jpg", label=label or "x & 'y'"))
+    assert xmp.find_label(ours) == xmp.find_written_label(ours) == (label or "x & 'y'")
+    assert xmp.find_persons_label(ours) is None
+
+
 def test_a_rating_in_the_other_sidecar_is_a_persons(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "a.xmp").write_bytes(simple('xmp:Rating="5"', ""))
     (tmp_path / "a.jpg.xmp").write_bytes(DARKTABLE.replace(b'Rating="1"', b'Rating="0"'))
     [action] = run([Mark(f"{tmp_path}/a.jpg", 3, "Red")])
     assert action.target == f"{tmp_path}/a.jpg.xmp"
-    assert action.note == "a person rated it already: no rating of ours; label Red"
+    assert action.note == "a person rated it already: no rating of ours, no label of ours"
     assert (tmp_path / "a.xmp").read_bytes() == simple('xmp:Rating="5"', "")
 
 
@@ -495,6 +594,37 @@ def test_photos_that_share_a_sidecar(tmp_path: Path) -> None:
     assert xmp.find_rating((tmp_path / "a.xmp").read_bytes()) == 5
     assert second.note == "rating 3"
     assert actions.count(run(marks, "appended")) == {"todo": 0, "done": 0, "already": 2, "refused": 0}
+
+
+def test_the_sidecar_of_a_raw_that_has_no_mark_is_not_the_jpegs(tmp_path: Path) -> None:
+    for name in ("a.NEF", "a.jpg", "b.nef", "b.jpg", "c.nef", "c.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    (tmp_path / "a.xmp").write_bytes(LIGHTROOM)
+    (tmp_path / "c.xmp").write_bytes(simple('xmp:Rating="5"', ""))
+    marks = [Mark(f"{tmp_path}/{name}.jpg", 2, "Red") for name in "abc"]
+    done = run(marks, "replaced")
+    assert [(action.state, Path(action.target).name) for action in done] == [
+        ("refused", "a.xmp"),
+        ("refused", "b.xmp"),
+        ("refused", "c.xmp"),
+    ]
+    assert done[0].note == "a.xmp is the sidecar of a.NEF, which is not marked: mark that too, or append names"
+    assert not (tmp_path / "b.xmp").exists()
+    done = run(marks, "appended")
+    assert [(action.state, Path(action.target).name) for action in done] == [
+        ("done", "a.jpg.xmp"),
+        ("done", "b.jpg.xmp"),
+        ("already", "c.jpg.xmp"),
+    ]
+    assert "a person rated it already" in done[2].note  # in the raw's sidecar: it is the same shot
+    assert (tmp_path / "a.xmp").read_bytes() == LIGHTROOM
+    again = run(marks, "replaced")  # whose own sidecar is there by now
+    assert [(action.state, Path(action.target).name) for action in again[1:]] == [
+        ("already", "a.jpg.xmp"),
+        ("already", "b.jpg.xmp"),
+    ]
+    run([*marks, Mark(f"{tmp_path}/c.nef", 4, keywords=("night",))], "replaced")
+    assert values((tmp_path / "c.xmp").read_bytes())["subject"] == ["night"]  # the raw's mark counts
 
 
 def test_what_cannot_be_written_stops_nothing_else(tmp_path: Path) -> None:
@@ -521,6 +651,22 @@ def test_a_rating_given_since_it_was_planned_stays(tmp_path: Path) -> None:
     [action] = actions.carry_out(planned)
     assert action.state == "already"
     assert xmp.find_rating((tmp_path / "a.jpg.xmp").read_bytes()) == 2
+
+
+def test_a_sidecar_that_appears_while_ours_is_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    planned = sidecar.plan([Mark(f"{tmp_path}/a.jpg", 4)], "appended")
+
+    def read(*arguments: Any) -> Any:
+        found = fetch(*arguments)
+        (tmp_path / "a.jpg.xmp").write_bytes(LIGHTROOM)
+        return found
+
+    fetch = sidecar.fetch
+    monkeypatch.setattr(sidecar, "fetch", read)
+    [action] = actions.carry_out(planned)
+    assert (action.state, "FileExistsError" in action.note) == ("refused", True)
+    assert (tmp_path / "a.jpg.xmp").read_bytes() == LIGHTROOM
 
 
 def test_links_and_permissions_of_a_sidecar_stay(tmp_path: Path) -> None:
@@ -573,17 +719,18 @@ def test_sidecars_in_a_bucket(s3_server: S3Server, s3_bucket: str, tmp_path: Pat
     for key in keys:
         client.put_object(Bucket=s3_bucket, Key=key, Body=jpeg(5 if "rated" in key else None))
     client.put_object(Bucket=s3_bucket, Key="p/b.xmp", Body=LIGHTROOM)
-    marks = [Mark(f"s3://{s3_bucket}/{key}", 4, "Red") for key in keys]
+    marks = [Mark(f"s3://{s3_bucket}/{key}", 4, "Red", ("night",)) for key in keys]
     done = run(marks, storage_options=s3_server.storage_options)
     assert [action.state for action in done] == ["done"] * len(keys)
     names = {item["Key"] for item in client.list_objects_v2(Bucket=s3_bucket)["Contents"]}
-    assert names == {*keys, "p/b.xmp"} | {f"{key}.xmp" for key in keys if key != "p/b.jpg"}
+    own = {"p/b.jpg": "p/b.xmp", "p/rated.jpg": "p/rated.jpg.xmp"}
+    assert names == {*keys, *(own.get(key, f"{key}.xmp") for key in keys)}
     path = tmp_path / "b.xmp"
     path.write_bytes(client.get_object(Bucket=s3_bucket, Key="p/b.xmp")["Body"].read())
     found = seen_by_exiftool(path)
     assert (found["XMP-xmp:Rating"], found["XMP-crs:Exposure2012"]) == (4, "+0.45")
     rated = client.get_object(Bucket=s3_bucket, Key="p/rated.jpg.xmp")["Body"].read()
-    assert values(rated) == {"Label": "Red", "WrittenLabel": "Red"}
+    assert values(rated) == {"subject": ["night"], "WrittenKeywords": ["night"]}
     again = run(marks, storage_options=s3_server.storage_options)
     assert actions.count(again)["already"] == len(keys)
 

@@ -1,20 +1,22 @@
-"""Ratings that photographers gave: `xmp:Rating` in sidecars and in the photos themselves.
+"""Ratings and labels that photographers gave: `xmp:Rating` and `xmp:Label` in sidecars and in the photos themselves.
 
-XMP Specification Part 1 (ISO 16684-1), `Rating` of the namespace `http://ns.adobe.com/xap/1.0/`: 1 to 5 stars, -1
-rejected, 0 or absent not rated. A regular expression reads it, as attribute or as element: no XML parser is fed what
-strangers wrote, and entities are not expanded.
+XMP Specification Part 1 (ISO 16684-1), namespace `http://ns.adobe.com/xap/1.0/`. `Rating`: 1 to 5 stars, -1 rejected,
+0 or absent not rated. `Label`: a word or a colour. A regular expression reads them, as attribute or as element: no XML
+parser is fed what strangers wrote, and entities of their own are not expanded.
 """
 
 from __future__ import annotations
 
 import codecs
+import html
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from picinspector.errors import PhotoError, StorageError
+from picinspector.photo import RAW_SUFFIXES
 from picinspector.storage import fetch, open_filesystem, redact, to_photo_error, to_uri
 
 REJECTED = -1.0
@@ -24,14 +26,24 @@ NAMESPACE = "http://picinspector.org/ns/1.0/"
 _PACKET = re.compile(rb"<[\w.-]+:(?:xmpmeta|xapmeta|RDF)\b.*?</[\w.-]+:RDF\s*>", re.DOTALL)
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 _PREFIX = rb"""\bxmlns:([\w.-]+)\s*=\s*["']%s["']"""
-_RATING = (re.compile(_PREFIX % rb"http://ns\.adobe\.com/xap/1\.0/"), b"Rating")
-_WRITTEN = (re.compile(_PREFIX % re.escape(NAMESPACE.encode())), b"WrittenRating")
-_VALUE = rb"""(?:\s*=\s*["']\s*|\s*>\s*)([-+]?\d+(?:\.\d+)?)\s*["'<]"""
+_XMP = re.compile(_PREFIX % rb"http://ns\.adobe\.com/xap/1\.0/")
+_OURS = re.compile(_PREFIX % re.escape(NAMESPACE.encode()))
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_VALUE = rb"""(?:\s*=\s*(?:"([^"<]*)"|'([^'<]*)')|(?:\s[^<>]*)?>([^<]*)<)"""
 
-#: Photos read at once, and what is read of a JPEG, whose packet comes before its pixels; others may end with it.
-_PHOTOS_AT_ONCE = 32
-_JPEG_BYTES = 1024**2
 _JPEG = (".jpg", ".jpeg", ".jpe")
+_JPEG_BYTES = 1024**2
+#: Whether it is a JPEG, whose packet comes before its pixels; how many are read at once, and how much of each. Others
+#: may end with it.
+_READS = ((True, 32, _JPEG_BYTES), (False, 8, 512 * 1024**2))
+_BESIDE = RAW_SUFFIXES | {".xmp"}
+
+
+class Found(NamedTuple):
+    """What XMP says of a photo: `find_rating` and `find_label`."""
+
+    rating: float | None
+    label: str | None
 
 
 def find_rating(data: bytes) -> float | None:
@@ -39,12 +51,12 @@ def find_rating(data: bytes) -> float | None:
 
     Packets that a container stores compressed (zTXt of PNG) are not seen.
     """
-    return _find(data, *_RATING)
+    return _find_number(data, _XMP, b"Rating")
 
 
 def find_written_rating(data: bytes) -> float | None:
     """The rating that we last wrote into a sidecar; None if we wrote none, or a person's has taken its place."""
-    return _find(data, *_WRITTEN)
+    return _find_number(data, _OURS, b"WrittenRating")
 
 
 def find_persons_rating(data: bytes) -> float | None:
@@ -53,21 +65,44 @@ def find_persons_rating(data: bytes) -> float | None:
     return None if value == find_written_rating(data) else value
 
 
-def _find(data: bytes, prefixes: re.Pattern[bytes], name: bytes) -> float | None:
+def find_label(data: bytes) -> str | None:
+    """The label in a sidecar or in a photo's bytes; None without one, and for an empty one."""
+    return next((text for text in _find(data, _XMP, b"Label") if text), None)
+
+
+def find_written_label(data: bytes) -> str | None:
+    """The label that we last wrote into a sidecar; None if we wrote none, or a person's has taken its place."""
+    return next((text for text in _find(data, _OURS, b"WrittenLabel") if text), None)
+
+
+def find_persons_label(data: bytes) -> str | None:
+    """As `find_label`, but None for one that we wrote."""
+    label = find_label(data)
+    return None if label == find_written_label(data) else label
+
+
+def _find_number(data: bytes, prefixes: re.Pattern[bytes], name: bytes) -> float | None:
+    for text in _find(data, prefixes, name):
+        # Other programs write 0-99 into fields of the same name; outside of its range it is no xmp:Rating.
+        if _NUMBER.fullmatch(text) and -1 <= (value := float(text)) <= 5:
+            return value
+    return None
+
+
+def _find(data: bytes, prefixes: re.Pattern[bytes], name: bytes) -> Iterator[str]:
+    """The values of a property, in the order of the packets and of the prefixes that its namespace has in them."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", errors="replace").encode()
     for packet in _PACKET.findall(data):
         text = _COMMENT.sub(b"", packet)
         for prefix in prefixes.findall(text):
             found = re.search(rb"[\s<]" + re.escape(prefix) + b":" + name + _VALUE, text)
-            # Other programs write 0-99 into fields of the same name; outside of its range it is no xmp:Rating.
-            if found and -1 <= (value := float(found[1])) <= 5:
-                return value
-    return None
+            if found:
+                yield html.unescape(next(filter(None, found.groups()), b"").decode(errors="replace")).strip()
 
 
 def read_ratings(uris: Sequence[str], options: Mapping[str, Any] | None = None) -> tuple[dict[str, float], int]:
-    """The ratings that people gave these photos; a sidecar (`photo.xmp`, `photo.jpg.xmp`) speaks before the photo.
+    """The ratings that people gave these photos; a sidecar (`photo.jpg.xmp`, `photo.xmp`) speaks before the photo.
 
     A rating that we wrote ourselves is none: nobody learns a person's taste from our own scores.
 
@@ -81,65 +116,72 @@ def read_ratings(uris: Sequence[str], options: Mapping[str, Any] | None = None) 
     Raises:
         StorageError: a folder of them cannot be listed.
     """
-    sidecars, unlisted = list_sidecars(uris, options)
+    sidecars, _, unlisted = list_sidecars(uris, options)
     for error in unlisted.values():
         raise error
-    beside = {uri: next(iter(beside_photo(uri, sidecars)), None) for uri in uris}
-    wanted = sorted({path for path in beside.values() if path})
+    beside = {uri: beside_photo(uri, sidecars) for uri in uris}
+    wanted = sorted({path for paths in beside.values() for path in paths})
     of_sidecar = {
         path: None if isinstance(data, PhotoError) else find_persons_rating(data)
         for path, data in zip(wanted, fetch(wanted, options), strict=True)
     }
     ratings, unreadable = {}, 0
     inside = []
-    for uri, path in beside.items():
-        value = of_sidecar[path] if path else None
+    for uri, paths in beside.items():
+        value = next((of_sidecar[path] for path in paths if of_sidecar[path] is not None), None)
         if value is None:
             inside.append(uri)
         elif value:  # stars taken back beside the photo may still be in it
             ratings[uri] = value
-    for uri, rating in read_embedded(inside, options).items():
-        if isinstance(rating, PhotoError):
+    for uri, found in read_embedded(inside, options).items():
+        if isinstance(found, PhotoError):
             unreadable += 1
-        elif rating:
-            ratings[uri] = rating
+        elif found.rating:
+            ratings[uri] = found.rating
     return ratings, unreadable
 
 
-def read_embedded(
-    uris: Sequence[str], options: Mapping[str, Any] | None = None
-) -> dict[str, float | PhotoError | None]:
-    """uri -> the rating inside of a photo, as `find_rating`, or why it could not be read."""
-    found: dict[str, float | PhotoError | None] = {}
-    for suffixed, limit in ((True, _JPEG_BYTES), (False, 512 * 1024**2)):
-        photos = [uri for uri in uris if uri.lower().endswith(_JPEG) == suffixed]
-        for start in range(0, len(photos), _PHOTOS_AT_ONCE):
-            batch = photos[start : start + _PHOTOS_AT_ONCE]
-            for uri, data in zip(batch, fetch(batch, options, limit), strict=True):
-                found[uri] = data if isinstance(data, PhotoError) else find_rating(data)
+def read_embedded(uris: Sequence[str], options: Mapping[str, Any] | None = None) -> dict[str, Found | PhotoError]:
+    """uri -> what is said inside of a photo, or why it could not be read."""
+    found: dict[str, Found | PhotoError] = {}
+    for of_jpegs, at_once, max_bytes in _READS:
+        photos = [uri for uri in uris if uri.lower().endswith(_JPEG) == of_jpegs]
+        for start in range(0, len(photos), at_once):
+            batch = photos[start : start + at_once]
+            for uri, data in zip(batch, fetch(batch, options, max_bytes), strict=True):
+                found[uri] = data if isinstance(data, PhotoError) else Found(find_rating(data), find_label(data))
     return found
 
 
 def list_sidecars(
     uris: Sequence[str], options: Mapping[str, Any] | None = None
-) -> tuple[dict[str, str], dict[str, StorageError]]:
-    """URI without `.xmp` -> URI, of every sidecar beside these photos; folder -> why it could not be listed.
+) -> tuple[dict[str, str], dict[str, list[str]], dict[str, StorageError]]:
+    """What is beside these photos, each folder listed once. Web servers cannot be listed.
 
-    Each folder is listed once. Web servers cannot be listed.
+    Returns:
+        URI without `.xmp` -> URI, of every sidecar; URI without its suffix -> URIs, of every raw file; folder -> why it
+        could not be listed.
     """
     folders = sorted({posixpath.dirname(uri) for uri in uris if not uri.startswith(("http://", "https://"))})
 
-    def sidecars(folder: str) -> list[str] | StorageError:
+    def listed(folder: str) -> list[tuple[str, str, str]] | StorageError:
         try:
-            return [path for path in _list_folder(folder, options) if path.lower().endswith(".xmp")]
+            named = ((*posixpath.splitext(path), path) for path in _list_folder(folder, options))
+            return [one for one in named if one[1].lower() in _BESIDE]
         except StorageError as error:
             return error
 
     with ThreadPoolExecutor(16) as pool:
-        listed = dict(zip(folders, pool.map(sidecars, folders), strict=True))
-    found = (path for paths in listed.values() if not isinstance(paths, StorageError) for path in paths)
-    unlisted = {folder: paths for folder, paths in listed.items() if isinstance(paths, StorageError)}
-    return {path[: -len(".xmp")]: path for path in found}, unlisted
+        found = dict(zip(folders, pool.map(listed, folders), strict=True))
+    sidecars: dict[str, str] = {}
+    raws: dict[str, list[str]] = {}
+    for one in found.values():
+        for stem, suffix, path in [] if isinstance(one, StorageError) else one:
+            if suffix.lower() == ".xmp":
+                sidecars[stem] = path
+            else:
+                raws.setdefault(stem, []).append(path)
+    return sidecars, raws, {folder: one for folder, one in found.items() if isinstance(one, StorageError)}
 
 
 def beside_photo(uri: str, sidecars: Mapping[str, str]) -> list[str]:

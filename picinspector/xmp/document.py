@@ -10,6 +10,7 @@ import codecs
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lxml import etree
 
@@ -80,14 +81,21 @@ class Edit:
     notes: tuple[str, ...] = ()
 
 
-def edit(data: bytes | None, mark: Mark, rated_elsewhere: bool = False, overwrite: bool = False) -> Edit:
-    """Put a mark into a sidecar.
+def edit(
+    data: bytes | None,
+    mark: Mark,
+    rated_elsewhere: bool = False,
+    labelled_elsewhere: bool = False,
+    overwrite: bool = False,
+) -> Edit:
+    """Put a mark into a sidecar. A photo that a person rated, here or elsewhere, gets no label of ours.
 
     Args:
         data: the sidecar; None makes a new one.
         mark: what it is to say.
         rated_elsewhere: a person's rating is in the photo or in another sidecar: this one, which would speak before it,
             gets none of ours.
+        labelled_elsewhere: the same of a person's label.
         overwrite: a person's rating and label give way.
 
     Raises:
@@ -101,9 +109,14 @@ def edit(data: bytes | None, mark: Mark, rated_elsewhere: bool = False, overwrit
     rating = None if mark.rating is None else str(mark.rating)
     label = _clean(mark.label or "") or None
     notes = []
-    if rated_elsewhere and rating is not None and not overwrite:
-        rating = None
-        notes.append("a person rated it already: no rating of ours")
+    if not overwrite:
+        rated = rated_elsewhere or _stands(rdf, (_RATING, _WRITTEN_RATING), _number).persons
+        kept_out = ["no rating of ours"] * (rated_elsewhere and rating is not None)
+        kept_out += ["no label of ours"] * ((rated or labelled_elsewhere) and label is not None)
+        if kept_out:
+            notes.append(f"a person {'rated' if rated else 'labelled'} it already: {', '.join(kept_out)}")
+        rating = None if rated_elsewhere else rating
+        label = None if rated or labelled_elsewhere else label
     notes += _put(rdf, description, "rating", (_RATING, _WRITTEN_RATING), rating, overwrite, _number)
     notes += _put(rdf, description, "label", (_LABEL, _WRITTEN_LABEL), label, overwrite, str)
     notes += _put_keywords(rdf, description, list(dict.fromkeys(filter(None, map(_clean, mark.keywords)))))
@@ -163,6 +176,26 @@ def _clean(text: str) -> str:
 # --- simple properties ------------------------------------------------------------------------------------------------
 
 
+class _Standing(NamedTuple):
+    """A property as it stands: its value, the one that we last wrote, and whose it is."""
+
+    current: str | None
+    written: str | None
+    blank: bool
+    ours: bool
+
+    @property
+    def persons(self) -> bool:
+        return not (self.blank or self.ours)
+
+
+def _stands(rdf: etree._Element, names: tuple[str, str], value_of: Callable[[str], object]) -> _Standing:
+    current, written = (_get(rdf, name) for name in names)
+    blank = current is None or not value_of(current)  # programs write rating 0 and an empty label for none
+    ours = current is not None and written is not None and value_of(current) == value_of(written)
+    return _Standing(current, written, blank, ours)
+
+
 def _put(
     rdf: etree._Element,
     description: etree._Element,
@@ -174,11 +207,10 @@ def _put(
 ) -> list[str]:
     """Set or remove a property unless it is a person's, and remember what we wrote; what changed or was left."""
     name, remembered = names
-    current, written = _get(rdf, name), _get(rdf, remembered)
-    blank = current is None or not value_of(current)  # programs write rating 0 and an empty label for none
-    ours = current is not None and written is not None and value_of(current) == value_of(written)
+    standing = _stands(rdf, names, value_of)
+    current, written, blank, ours = standing
     if not (overwrite and wanted is not None):
-        if not (blank or ours):
+        if standing.persons:
             _set(rdf, description, remembered, None)
             return [f"a person's {what} {current} stays"] * (wanted is not None and wanted != current)
         if blank and written is not None:
