@@ -1,9 +1,10 @@
-"""Grouping of a million photos: time, memory and recall of the search for neighbours, on made-up embeddings.
+"""Grouping of a million photos: time and memory of all of it, recall of the search for neighbours; made-up embeddings.
 
     python -m benchmarks.grouping                   # 50,000 for the recall; 125,000 to a million for the growth
 
 Made up are moments: a direction of 32 latent ones, mapped to 768 numbers, and one to five frames near it, so that
-photos have neighbours at every distance, as real ones have. Each step runs in a process of its own.
+photos have neighbours at every distance, as real ones have. They are written as a run on CPUs leaves them, in files of
+1,024 rows. Each step runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks import ratios
-from picinspector import groups, neighbours, schema
+from picinspector import chains, groups, neighbours, schema
 from picinspector.stages import peak_memory_bytes
+from picinspector.tables import Destination
 
 _WIDTH, _LATENT = 768, 32
+_FILE_ROWS = 1024
 
 
 def vectors(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,33 +67,60 @@ def photos(moment: np.ndarray, seed: int = 0) -> pa.Table:
         "captured_at": pa.array(shot, pa.timestamp("us"), mask=moment % 3 > 0),
         "camera": pa.array(np.where(moment % 2, "A", "B")),
         "quality_score": pa.array(rng.uniform(1, 10, count).astype(np.float32)),
+        "scorer_kind": pa.array(np.full(count, "lightgbm")),
         **{f"attribute_{name}": pa.array(rng.uniform(0, 100, count).astype(np.float32)) for name in schema.ATTRIBUTES},
     }
     return pa.table(columns)
 
 
-def step(count: int, recall: bool) -> dict[str, Any]:
-    """One size: the seconds of the search and of all; with `recall`, what comparing all pairs finds beyond it."""
+def write(count: int, folder: str) -> None:
+    """A destination with one committed run of so many photos."""
     made, moment = vectors(count)
-    table, ties = photos(moment), groups.Ties()
-    said: dict[str, Any] = {"count": count}
-    before = peak_memory_bytes()
-    started = time.perf_counter()
-    if recall:
-        neighbours.EXACT_ROWS = 0
-        found, _ = neighbours.alike(made, ties.near_similarity)
-        neighbours.EXACT_ROWS = count
-        every, cosine = neighbours.alike(made, ties.near_similarity)
-        keys = [pairs[:, 0] * count + pairs[:, 1] for pairs in (found, every)]
-        there = np.isin(keys[1], keys[0])
-        phash = table.column("phash").to_numpy()
-        confirmed = np.bitwise_count(phash[every[:, 0]] ^ phash[every[:, 1]]) <= ties.near_bits
-        said |= {"pairs": len(every), "recall": there.mean(), "recall_confirmed": there[confirmed].mean()}
-        said["recall_90"] = there[cosine >= 0.9].mean()
-    else:
-        grouped = groups.find(table, made, ties)
-        said |= {"seconds": time.perf_counter() - started, "counts": groups.describe(grouped)}
-    return said | {"peak_gb": peak_memory_bytes() / 1e9, "before_gb": before / 1e9}
+    table, dest = photos(moment), Destination(folder)
+    run_id = dest.new_run_id()
+    for name, full in (("embeddings", schema.embeddings(_WIDTH, 2)), ("scores", schema.SCORES)):
+        dest.make_folder(dest.table_path(name, run_id))
+        for start in range(0, count, _FILE_ROWS):
+            part = table.slice(start, _FILE_ROWS)
+            columns = {field.name: pa.nulls(part.num_rows, field.type) for field in full}
+            columns |= {column: part.column(column) for column in part.column_names if column in columns}
+            if name == "embeddings":
+                flat = pa.array(made[start : start + _FILE_ROWS].reshape(-1))
+                columns["clip_embedding"] = pa.FixedSizeListArray.from_arrays(flat, _WIDTH)
+            marks = {"encoder_fingerprint", "scorer_fingerprint"} & set(columns)
+            columns |= {mark: pa.array(np.full(part.num_rows, "f")) for mark in marks}
+            path = f"{dest.table_path(name, run_id)}/{start:09}.parquet"
+            pq.write_table(pa.table(columns).cast(full), path, **chains.PARQUET)
+    dest.commit({"run_id": run_id, "kind": "score", "counts": {"to_do": count}})
+
+
+def recall(count: int) -> dict[str, Any]:
+    """What the index finds of what comparing all pairs does."""
+    made, moment = vectors(count)
+    ties, phash = groups.Ties(), photos(moment).column("phash").to_numpy()
+    neighbours.EXACT_ROWS = 0
+    found, _ = neighbours.alike(made, ties.near_similarity)
+    neighbours.EXACT_ROWS = count
+    every, cosine = neighbours.alike(made, ties.near_similarity)
+    keys = [pairs[:, 0] * count + pairs[:, 1] for pairs in (found, every)]
+    there = np.isin(keys[1], keys[0])
+    confirmed = np.bitwise_count(phash[every[:, 0]] ^ phash[every[:, 1]]) <= ties.near_bits
+    return {
+        "count": count,
+        "pairs": len(every),
+        "recall": there.mean(),
+        "recall_confirmed": there[confirmed].mean(),
+        "recall_90": there[cosine >= 0.9].mean(),
+    }
+
+
+def group(folder: str) -> dict[str, Any]:
+    """What `picinspector groups` does: the tables read, grouped, and the groups written."""
+    dest, started = Destination(folder), time.perf_counter()
+    made = groups.make(dest)
+    groups.save(dest, made)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_gb": peak_memory_bytes() / 1e9, **groups.describe(made)}
 
 
 def main() -> None:
@@ -99,23 +131,29 @@ def main() -> None:
     parser.add_argument("--step", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        print(json.dumps(step(**arguments.step), default=float))
+        name, *given = arguments.step
+        print(json.dumps({"write": write, "group": group, "recall": recall}[name](*given), default=float))
         return
-    found = []
-    for count, recall in [(arguments.recall_photos, True), *((count, False) for count in arguments.photos)]:
-        given = json.dumps({"count": count, "recall": recall})
-        command = [sys.executable, "-m", "benchmarks.grouping", "--step", given]
-        found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
-        print(f"  {found[-1]}", flush=True)
-    recalled, *sizes = found
+
+    def alone(*given: Any) -> Any:
+        command = [sys.executable, "-m", "benchmarks.grouping", "--step", json.dumps(given)]
+        answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+        print(f"  {given[0]}: {answer}", file=sys.stderr, flush=True)
+        return answer
+
+    recalled, sizes = alone("recall", arguments.recall_photos), []
+    for count in arguments.photos:
+        with tempfile.TemporaryDirectory() as folder:
+            alone("write", count, folder)
+            sizes.append(alone("group", folder))
     print(f"\n{ratios.machine()}\n")
     print(f"recall against all {recalled['pairs']:,} pairs of {recalled['count']:,}: {recalled['recall']:.4f}")
     print(f"of those that the hash confirms: {recalled['recall_confirmed']:.4f}")
     print(f"of cosines over 0.9: {recalled['recall_90']:.4f}\n")
     print("| photos | s | us a photo | peak GB |\n|---|---|---|---|")
     for one in sizes:
-        per_photo = 1e6 * one["seconds"] / one["count"]
-        print(f"| {one['count']:,} | {one['seconds']:.0f} | {per_photo:.0f} | {one['peak_gb']:.1f} |")
+        per_photo = 1e6 * one["seconds"] / one["photos"]
+        print(f"| {one['photos']:,} | {one['seconds']:.0f} | {per_photo:.0f} | {one['peak_gb']:.1f} |")
 
 
 if __name__ == "__main__":
