@@ -97,6 +97,11 @@ class Destination:
         self.root = root.rstrip("/")
         self.writer = WholeFileSystem() if self.local else self.filesystem
         self.url = self.root if self.local else redact(os.fspath(url))
+        self._given = self.root if self.local else os.fspath(url).rstrip("/")
+
+    def url_of(self, name: str) -> str:
+        """URL of a file in it, to open, not to show: it may hold a user's name and password, as the one given did."""
+        return f"{self._given}/{name}"
 
     def table_path(self, table: TableName, run_id: str) -> str:
         """Folder of one run's rows of a table."""

@@ -11,7 +11,7 @@ from tests.ray_head import Head
 from tests.test_pipeline import make_library, rows_of
 
 
-def test_score_and_rescore_as_submitted_jobs(head: Head, tiny: Path, tmp_path: Path) -> None:
+def test_score_rescore_and_curate_as_submitted_jobs(head: Head, tiny: Path, tmp_path: Path) -> None:
     library, dest = tmp_path / "library", tmp_path / "dest"
     make_library(library, 12)
     (library / "broken.jpg").write_bytes(b"")
@@ -27,6 +27,13 @@ def test_score_and_rescore_as_submitted_jobs(head: Head, tiny: Path, tmp_path: P
     again = head.submit("python", "jobs/rescore.py", str(dest), "--bundle", str(other))
     assert again.returncode == 0, again.stdout[-3000:]
     assert len(rows_of(dest, "scores", "uri")) == 26
+
+    page = tmp_path / "report.html"
+    curated = head.submit("python", "jobs/curate.py", str(dest), "--best", "3", "-o", str(page))
+    assert curated.returncode == 0, curated.stdout[-3000:]
+    assert "3 photos selected" in curated.stdout and "12 of 12 photos shown" in curated.stdout
+    assert page.read_bytes().lower().startswith(b"<!doctype html>")
+    assert (dest / "groups" / "selection.parquet").is_file()
 
     wrong = head.submit(
         *shlex.split(f"python jobs/score.py {tmp_path}/nowhere --out {tmp_path}/else"), "--bundle", str(tiny)

@@ -310,7 +310,7 @@ def report(
     options = page.Options(
         Sections(photos=photos), max_megabytes, title=title, storage_options=parse_options(storage_options)
     )
-    said = page.write(tables, out or f"{tables.url.rstrip('/')}/report.html", options)
+    said = page.write(tables, out or tables.url_of("report.html"), options)
     print(json.dumps(said, indent=2) if as_json else report_text(said))
     return 0
 
