@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
@@ -16,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 from picinspector import report
 from picinspector.report import Options
 from picinspector.report.digest import Sections
+from picinspector.selection import save
 from tests.browser import launch
 from tests.report_library import jpeg, row, write, write_groups
 
@@ -50,6 +52,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     groups = [(rows[3 * at + 2], rows[3 * at], rows[3 * at + 1]) for at in range(3)]
     write_groups(dest, [("burst", [(pick, "sharpest of 3"), (a, "less sharp"), (b, CAPTION)]) for pick, a, b in groups])
     report.write(dest, folder / "report.html", Options(Sections(best=8, worst=8, borderline=8, improvable=8)))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight photos, 7.jpg the best, of which 3, 7, 0 and 5 were selected, in this order; 3 is the pick of 3 and 2."""
+    folder = tmp_path_factory.mktemp("selected")
+    rows = [row(jpeg(folder / f"{number}.jpg", number), 2.0 + number) for number in range(8)]
+    dest = write(folder / "tables", rows)
+    write_groups(dest, [("near", [(rows[3], "highest score of 2"), (rows[2], "scores 1.00 lower")])])
+    chosen = [rows[number]["image_id"] for number in (3, 7, 0, 5)]
+    save(dest, pa.table({"image_id": chosen, "rank": range(1, 5)}))
+    report.write(dest, folder / "report.html")
     return folder / "report.html"
 
 
@@ -148,6 +163,41 @@ def test_groups_have_their_pick_and_its_reason(browser: Browser, small: Path) ->
         assert names(page) == ["8", "6", "7"], "the group in which one fits, all of it"
 
 
+def test_the_page_opens_at_the_selection(browser: Browser, selected: Path) -> None:
+    with opened(browser, selected) as page:
+        expect(page.locator("[data-view=selected]")).to_have_text("Selected 4")
+        expect(page.locator("[data-view=selected]")).to_have_attribute("aria-pressed", "true")
+        expect(page.locator("#lead")).to_have_text("The photos to keep, in the order in which they were chosen.")
+        expect(page.locator("#status")).to_have_text("4 photos")
+        assert names(page) == ["3", "7", "0", "5"]
+        expect(page.locator(".badge")).to_have_count(0)
+        labels = [card.get_attribute("aria-label") for card in page.locator(".card").all()]
+        assert labels[:2] == [
+            "3.jpg, quality 5.0, night, the pick of its group, selected",
+            "7.jpg, quality 9.0, night, selected",
+        ]
+        page.locator(".card").nth(1).click()
+        expect(page.locator("#details")).to_contain_text("Rank 1 of 8: percentile 100 of the library")
+        expect(page.locator("#details")).to_contain_text("Selected, number 2 of 4.")
+        page.get_by_label("Next photo").click()
+        expect(page.locator("#details")).to_contain_text("Selected, number 3 of 4.")
+        page.keyboard.press("Escape")
+        view(page, "best")
+        assert names(page) == [str(number) for number in range(7, -1, -1)]
+        badges = page.locator(".card").filter(has=page.locator(".badge", has_text="selected")).locator(".name")
+        assert badges.all_text_contents() == ["7.jpg", "5.jpg", "3.jpg", "0.jpg"]
+        assert page.locator(".card").nth(1).get_attribute("aria-label") == "6.jpg, quality 8.0, night"
+        page.locator(".card").nth(1).click()
+        expect(page.locator("#details")).to_contain_text("Rank 2 of 8")
+        expect(page.locator("#details")).not_to_contain_text("Selected")
+        page.keyboard.press("Escape")
+        view(page, "borderline")  # the fourth best, 4.jpg with 6.0, is the last above the cut
+        expect(page.locator("#lead")).to_contain_text("6.00, above which there are as many photos as were selected")
+        assert names(page)[0] == "4"
+        view(page, "groups")
+        expect(page.locator(".badge")).to_have_text(["pick"])
+
+
 def test_filters(browser: Browser, small: Path) -> None:
     with opened(browser, small, "#view=all") as page:
         page.locator("#scene").select_option("plant")
@@ -189,6 +239,32 @@ def test_sorting(browser: Browser, small: Path) -> None:
         page.locator("#direction").click()
         assert names(page) == ["7", "5", "4", "2", "1", "6", "3", "0"], "by scene, then the better first"
         expect(page.locator("#direction")).to_have_attribute("aria-label", "Lowest first")
+
+
+def test_dragging_shows_the_last_step_of_a_frame_and_makes_no_card_anew(browser: Browser, small: Path) -> None:
+    dragged = """() => {
+        const [low, status] = ['low', 'status'].map((name) => document.getElementById(name));
+        for (const value of [3, 6, 5]) {
+            low.value = value;
+            low.dispatchEvent(new Event('input'));
+        }
+        const at_once = status.textContent;
+        return new Promise((done) => requestAnimationFrame(() => done([at_once, status.textContent])));
+    }"""
+    with opened(browser, small, "#view=all") as page:
+        every = names(page)
+        page.evaluate("document.querySelectorAll('.card').forEach((card, at) => { card.made = at; })")
+        assert page.evaluate(dragged) == ["30 photos", "15 of 30 photos fit"]
+        expect(page).not_to_have_url(re.compile("low="))
+        page.locator("#low").dispatch_event("change")  # the slider is let go
+        expect(page).to_have_url(re.compile("low=5"))
+        page.locator("#sort").select_option("scene")
+        page.locator("#reset").click()
+        view(page, "groups")
+        expect(page.locator(".card")).to_have_count(9)
+        view(page, "all")
+        assert names(page) == every
+        assert page.evaluate("[...document.querySelectorAll('.card')].map((card) => card.made)") == [*range(30)]
 
 
 def test_the_address_holds_the_state(browser: Browser, small: Path) -> None:
@@ -345,6 +421,16 @@ def test_two_thousand_photos_begin_with_those_on_the_screen(browser: Browser, la
         page.locator(".card").last.scroll_into_view_if_needed()
         expect(page.locator(".card").last.locator("img")).to_have_count(1)
         assert page.locator(".frame img").count() < MANY / 5
+        set_range(page, "high", 5.5)  # the better half goes, and those that come to its place get their pictures
+        assert names(page)[0] == "1000"
+        page.locator(".card").first.scroll_into_view_if_needed()
+        expect(page.locator(".card").first.locator("img")).to_have_count(1)
+        view(page, "best")
+        page.locator("#reset").click()
+        view(page, "all")
+        expect(page.locator(".card")).to_have_count(MANY)
+        page.locator(".card").nth(500).scroll_into_view_if_needed()
+        expect(page.locator(".card").nth(500).locator("img")).to_have_count(1)
 
 
 def test_the_figures_need_no_script(browser: Browser, small: Path) -> None:
@@ -372,6 +458,9 @@ def overflow(page: Page) -> int:
 def test_a_phone_needs_no_sideways_scrolling(browser: Browser, small: Path, fragment: str) -> None:
     with opened(browser, small, fragment, width=360, height=740, has_touch=True, is_mobile=True) as page:
         assert overflow(page) == 0
+        pressed = page.locator("[data-view][aria-pressed=true]").bounding_box()
+        assert pressed is not None
+        assert 0 <= pressed["x"] <= pressed["x"] + pressed["width"] <= 360, "the row of views moves to it"
         if "photo=" in fragment:
             box = page.locator("#details").bounding_box()
             assert box is not None
@@ -383,6 +472,23 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Browser, small: Path, frag
                 page.locator("#filters-toggle").tap()
                 expect(page.locator("#text")).to_be_visible()
                 assert overflow(page) == 0
+
+
+@pytest.mark.parametrize(("width", "least"), [(1280, 4), (360, 2)])
+def test_pictures_fill_their_frames_from_the_middle(browser: Browser, small: Path, width: int, least: int) -> None:
+    """No edge of a photo is cut off more than the opposite one, and a row has several, on a phone too."""
+    boxes = """[...document.querySelectorAll('.frame:has(img)')].slice(0, 6).map((frame) =>
+        [frame, frame.querySelector('img')].map((part) => part.getBoundingClientRect().toJSON()))"""
+    with opened(browser, small, "#view=all", width=width, reduced_motion="reduce") as page:
+        page.locator(".card").nth(5).scroll_into_view_if_needed()
+        expect(page.locator(".frame img").nth(5)).to_be_attached()
+        found = page.evaluate(boxes)
+        for frame, image in found:
+            for side in ("top", "bottom", "left", "right"):
+                assert image[side] == pytest.approx(frame[side], abs=0.5)
+        tops = [frame["top"] for frame, _ in found]
+        assert sum(abs(top - tops[0]) < 1 for top in tops) >= least
+        assert "50%" in page.evaluate("getComputedStyle(document.querySelector('.frame img')).objectPosition")
 
 
 def test_dark_and_reduced_motion_are_followed(browser: Browser, small: Path) -> None:
@@ -403,14 +509,25 @@ def test_dark_and_reduced_motion_are_followed(browser: Browser, small: Path) -> 
 def test_accessibility(browser: Browser, small: Path, scheme: str, fragment: str) -> None:
     """WCAG A and AA as axe checks them, contrast included."""
     with opened(browser, small, fragment, color_scheme=scheme, bypass_csp=True) as page:
-        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]})
-        problems = [
-            (violation["id"], violation["impact"], [node["html"][:200] for node in violation["nodes"][:3]])
-            for violation in found.response["violations"]
-            if violation["impact"] in ("serious", "critical", "moderate")
-        ]
-        assert problems == []
-        assert any(passed["id"] == "color-contrast" for passed in found.response["passes"])
+        check_accessibility(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("fragment", ["", "#view=best"])
+def test_accessibility_of_a_selection(browser: Browser, selected: Path, scheme: str, fragment: str) -> None:
+    with opened(browser, selected, fragment, color_scheme=scheme, bypass_csp=True) as page:
+        check_accessibility(page)
+
+
+def check_accessibility(page: Page) -> None:
+    found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]})
+    problems = [
+        (violation["id"], violation["impact"], [node["html"][:200] for node in violation["nodes"][:3]])
+        for violation in found.response["violations"]
+        if violation["impact"] in ("serious", "critical", "moderate")
+    ]
+    assert problems == []
+    assert any(passed["id"] == "color-contrast" for passed in found.response["passes"])
 
 
 def test_injected_script_does_not_run(browser: Browser, small: Path, tmp_path: Path) -> None:
