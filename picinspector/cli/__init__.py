@@ -14,7 +14,7 @@ import typer
 
 import picinspector
 from picinspector import errors, logs
-from picinspector.cli import curating, jobs, looking, models
+from picinspector.cli import curating, jobs, looking, models, serving
 from picinspector.cli.words import complain
 from picinspector.errors import PicInspectorError
 
@@ -95,6 +95,7 @@ for command in (
     looking.verify,
     looking.inspect,
     looking.critique,
+    serving.serve,
     version,
 ):
     app.command()(command)

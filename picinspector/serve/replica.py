@@ -1,0 +1,154 @@
+"""What runs on a replica: the stages of the batch job, each batch made of the requests that came together."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import queue
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from ray import serve
+
+from picinspector import resize, schema
+from picinspector.bundle import open_bundle
+from picinspector.errors import PhotoError
+from picinspector.manifest import image_id
+from picinspector.photo import Limits
+from picinspector.stages.guard import Guard
+from picinspector.stages.read import caption_crop, crops_of, read_photo, to_table
+from picinspector.wording import Facts, compose
+
+#: How long the first photo of a batch waits for others. At one client that is all it costs; more clients than cores
+#: come closer together than this.
+_WAIT_S = 0.005
+
+
+class Replica:
+    """Judges photos: decodes each in a process of its own, encodes and scores what came together in one batch."""
+
+    def __init__(
+        self,
+        bundle: str,
+        fingerprints: Mapping[str, str],
+        limits: Limits,
+        captions: bool,
+        threads: int | None,
+        decoders: int,
+        batch_size: int,
+        timeout_s: float,
+    ) -> None:
+        """Load the models, start the decoders, and judge one photo, so that the first of a client waits for nothing.
+
+        Args:
+            bundle: name or folder of the bundle on this machine.
+            fingerprints: of the driver's bundle, arguments of `Bundle.expect`.
+            limits: of one photo.
+            captions: whether the bundle's captioner describes the photos; else they are described from the facts.
+            threads: of the encoders on the CPU; None on a GPU.
+            decoders: processes that decode. A photo that kills its own, hangs in it or fills its memory takes nothing
+                else along.
+            batch_size: photos of one encoder call, at most.
+            timeout_s: processor time that decoding one photo may take.
+
+        Raises:
+            BundleError: the bundle cannot be used, or is another than the driver's.
+        """
+        from picinspector.stages.encode import Encode
+        from picinspector.stages.score import Score
+
+        opened = open_bundle(bundle)
+        opened.expect(**fingerprints)
+        folder, column = os.fspath(opened.folder), next(iter(caption_crop(opened))) if captions else None
+        self._crops, self._limits, self._trained = crops_of(opened, captions), limits, opened.has("scorer")
+        self._stages: list[Any] = [Encode(folder, threads, keep=column)]
+        if column is not None:
+            from picinspector.stages.caption import Caption
+
+            self._stages.append(Caption(folder, column))
+        self._stages.append(Score(folder))
+        self._guards: queue.SimpleQueue[Guard[dict[str, Any]]] = queue.SimpleQueue()
+        for _ in range(decoders):
+            self._guards.put(Guard(read_photo, timeout_s, prepare=_prepare))
+        self._decoders = ThreadPoolExecutor(decoders, "decode")
+        # Two batches: while the models work on one, the rows of the other are put together or taken apart.
+        self._workers = ThreadPoolExecutor(2, "judge")
+        self._judge_together.set_max_batch_size(batch_size)
+        seen = list(self._decoders.map(self._decode, [_sample()] * decoders, ["warm.png"] * decoders))
+        self._judge(seen[:1])
+
+    async def judge(self, data: bytes, name: str) -> dict[str, Any]:
+        """Everything that a run would find out about one photo.
+
+        Args:
+            data: the whole file.
+            name: what to call it; its extension tells camera raw from TIFF.
+
+        Returns:
+            a row of `schema.SCORES`, with `facts` and `measurements`.
+        """
+        seen = await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, data, name)
+        row: dict[str, Any] = await self._judge_together(seen)
+        return row
+
+    @serve.batch(batch_wait_timeout_s=_WAIT_S, max_concurrent_batches=2)  # type: ignore[untyped-decorator]
+    async def _judge_together(self, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._judge, seen)
+
+    def _decode(self, data: bytes, name: str) -> dict[str, Any]:
+        """A row of the manifest and what `read_photo` says of it."""
+        guard = self._guards.get()
+        try:
+            seen = guard(data, self._crops, self._limits, os.path.splitext(name)[1])  # noqa: PTH122
+        except PhotoError as error:
+            seen = {"error_kind": error.kind.value, "error_message": error.message}
+        finally:
+            self._guards.put(guard)
+        etag = seen.get("content_hash") or hashlib.sha256(data).hexdigest()[:32]
+        return {"image_id": image_id(name, etag), "uri": name, "etag": etag, "size_bytes": len(data), **seen}
+
+    def _judge(self, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        manifest = pa.Table.from_pylist([_only(row, schema.MANIFEST.names) for row in seen], schema=schema.MANIFEST)
+        photos = rows = to_table(manifest, seen, tuple(self._crops))
+        for stage in self._stages:
+            rows = stage(rows)
+        known = photos.select([*schema.FACTS.names, *schema.MEASUREMENT_FIELDS.names]).to_pylist()
+        return [self._describe(*both) for both in zip(rows.to_pylist(), known, strict=True)]
+
+    def _describe(self, row: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+        """The row of one photo with what else is known of it; and in words, where nobody has said them."""
+        if row["caption"] is None and row["error_kind"] is None and self._trained:
+            attributes = {name: row[f"attribute_{name}"] for name in schema.ATTRIBUTES}
+            scenes = {name: row[f"scene_{name}"] for name in schema.SCENES}
+            facts = Facts(attributes, scenes, known["measured_brightness"])
+            row |= {"caption": compose(facts), "caption_source": "composed"}
+        measured = {name: known[f"measured_{name}"] for name in schema.MEASUREMENTS}
+        return row | {"facts": _only(known, schema.FACTS.names), "measurements": measured}
+
+
+def _only(row: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: row.get(name) for name in names}
+
+
+def _prepare() -> None:
+    """In a decoder, once."""
+    resize.load()
+    import cv2
+    import torch
+
+    # Each photo has one core, as in a run; the others are decoding other photos.
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def _sample() -> bytes:
+    """A photo to start with: noise, 640 x 480 px, PNG."""
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
