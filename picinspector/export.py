@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,11 +24,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from picinspector.actions import Action, State, reason_of, write_file
+from picinspector.actions import Action, State, create_file, put_new, reason_of, write_file
 from picinspector.errors import ErrorKind, PhotoError, StorageError, UsageError
 from picinspector.storage import (
     fetch,
-    head_s3,
     is_local,
     is_signed,
     local_path,
@@ -38,12 +38,20 @@ from picinspector.storage import (
 )
 
 _LOOKS_AT_ONCE = 32
+#: A photo and what may be its copy, both in memory.
+_COMPARING = threading.Semaphore(4)
 #: As `storage.fetch`: no photo that was scored is larger.
 _MAX_BYTES = 512 * 1024**2
 #: docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
 _MAX_KEY_BYTES = 1024
 _WEB = ("http://", "https://")
 _S3 = ("s3://", "s3a://")
+#: Of a copy's metadata: the original's etag, where the copy may have another.
+_SOURCE_ETAG = "picinspector-source-etag"
+#: What S3 keeps with an object beside its metadata, and a copy with other metadata has to be given again
+#: (docs.aws.amazon.com/AmazonS3/latest/userguide/UsingMetadata.html).
+_HEADERS = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Expires")
+_CHANGED = "it has changed since it was scored; score the library again"
 #: What a folder takes for its parent, for itself, or for no name at all. Other names are kept as they are.
 _UNSAFE = {"": "%2F", ".": "%2E", "..": "%2E%2E"}
 
@@ -115,35 +123,47 @@ def _is_utf8(name: str) -> bool:
 
 
 def plan_copy(
-    uris: Sequence[str], target: str, options: Mapping[str, Any] | None = None, among: Sequence[str] = ()
+    uris: Sequence[str],
+    target: str,
+    options: Mapping[str, Any] | None = None,
+    among: Sequence[str] = (),
+    etags: Sequence[str | None] | None = None,
 ) -> list[Action]:
     """What to copy so that these photos are under another prefix or folder, by their `relative_names`.
 
     From S3 to S3 the store copies by itself; everything else passes through here, a photo at a time in each of a few
-    threads. A local copy gets the time of its original. No file is overwritten: one of the same size is the photo's if
-    its etag, time or else its bytes are the same, any other is a refusal.
+    threads. A local copy gets the time of its original.
+
+    No file is overwritten: one of the same size is the photo's if its etag, time or else its bytes are the same, any
+    other is a refusal. The bytes are read, a few at a time, where etags are no help: of objects uploaded in parts that
+    this has not copied, of objects encrypted with keys of KMS, and between a folder and a store. A file that appears
+    between the last look and the copy is safe too, but in stores that take no `If-None-Match` (`actions.create_file`).
 
     Args:
         uris: of the photos.
         target: a folder or a prefix; it need not be there, but its bucket.
         options: fsspec storage options, of both sides.
         among: see `relative_names`; with `rank.outermost` names stay the same when others are chosen.
+        etags: of the photos, as the tables have them; one that has another by now is refused. Checked on S3 and local
+            files, as in `storage.fetch`. A store that copies by itself is told too, and Ceph 16 does not heed it: there
+            the version is that of a moment before.
 
     Raises:
         UsageError: the target cannot hold photos.
         StorageError: there is no such bucket, or its store cannot be reached.
     """
     _check_target(target, options)
+    etag_of = dict(zip(uris, etags or [None] * len(uris), strict=True))
 
     def plan(uri: str, place: tuple[str, str | None]) -> Action:
         path, problem = place
         if problem is not None:
             return Action("copy", uri, path, problem, "refused")
         try:
-            state, note = _compare(uri, path, options)
+            _, state, note = _compare(uri, path, etag_of[uri], options)
         except Exception as error:  # the row boundary: what storage raises is this photo's outcome
             return Action("copy", uri, path, reason_of(error), "refused")
-        return Action("copy", uri, path, note, state, partial(_copy, uri, path, options))
+        return Action("copy", uri, path, note, state, partial(_copy, uri, path, etag_of[uri], options))
 
     places = _targets(uris, target, among)
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
@@ -172,11 +192,19 @@ def _check_target(target: str, options: Mapping[str, Any] | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What a store knows of a file: bytes, etag if it is of S3, nanoseconds since 1970 if it says."""
+    """What a store knows of a file.
+
+    Attributes:
+        size_bytes: None if it does not say.
+        etag: as the tables have it, of S3 and of local files.
+        modified_ns: nanoseconds since 1970, of S3 and of local files.
+        head: S3's answer.
+    """
 
     size_bytes: int | None
     etag: str | None = None
     modified_ns: int | None = None
+    head: Mapping[str, Any] | None = None
 
 
 def _look(uri: str, options: Mapping[str, Any] | None) -> _File | None:
@@ -185,28 +213,38 @@ def _look(uri: str, options: Mapping[str, Any] | None) -> _File | None:
     try:
         if is_local(uri):
             stat = os.stat(path)  # noqa: PTH116
-            return _File(stat.st_size, None, stat.st_mtime_ns)
+            return _File(stat.st_size, _etag(stat), stat.st_mtime_ns)
         if uri.startswith(_S3):
-            head = head_s3(filesystem, uri.partition("://")[2])
-            return _File(head["Size"], head["ETag"].strip('"'), int(head["LastModified"].timestamp()) * 10**9)
+            bucket, key = filesystem._find_bucket_key(uri.partition("://")[2])
+            head = filesystem.call_s3("head_object", Bucket=bucket, Key=key)
+            modified_ns = int(head["LastModified"].timestamp()) * 10**9
+            return _File(head["ContentLength"], head["ETag"].strip('"'), modified_ns, head)
         return _File(filesystem.info(path).get("size"))
     except FileNotFoundError:
         return None
 
 
-def _compare(uri: str, target: str, options: Mapping[str, Any] | None) -> tuple[State, str]:
-    """Whether a copy is to be made, is there, or would overwrite something else."""
-    there = _look(target, options)
-    if there is None:
-        return "todo", ""
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"  # as `manifest` has it
+
+
+def _compare(uri: str, target: str, etag: str | None, options: Mapping[str, Any] | None) -> tuple[_File, State, str]:
+    """The original, and whether a copy is to be made, is there, or would overwrite something else."""
     original = _look(uri, options)
     if original is None:
         raise PhotoError(ErrorKind.NOT_FOUND, f"{uri} is not there any more")
+    if etag is not None and original.etag not in (None, etag):
+        raise PhotoError(ErrorKind.CHANGED, _CHANGED)
+    there = _look(target, options)
+    if there is None:
+        return original, "todo", ""
     if _same(uri, original, target, there, options):
-        return "already", ""
-    return "refused", (
+        return original, "already", ""
+    return (
+        original,
+        "refused",
         f"{target} ({there.size_bytes} bytes) is another file than {uri} ({original.size_bytes} bytes); "
-        "move it away or give another target"
+        "move it away or give another target",
     )
 
 
@@ -217,47 +255,65 @@ def _same(uri: str, original: _File, target: str, there: _File, options: Mapping
         return False
     if is_local(target) and original.modified_ns is not None and original.modified_ns == there.modified_ns:
         return True  # as a copy of ours has it
-    if original.etag is not None and original.etag == there.etag:
+    copied = (there.head or {}).get("Metadata", {}).get(_SOURCE_ETAG)
+    if original.etag is not None and original.etag in (there.etag, copied):
         return True
-    data = _read(uri, options)
-    if there.etag is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() == there.etag:
-        return True
-    return data == _read(target, options)
+    with _COMPARING:
+        data = _read(uri, original.etag, options)
+        if there.etag is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() == there.etag:
+            return True
+        return data == _read(target, None, options)
 
 
-def _read(uri: str, options: Mapping[str, Any] | None) -> bytes:
-    [data] = fetch([uri], options, _MAX_BYTES)
+def _read(uri: str, etag: str | None, options: Mapping[str, Any] | None) -> bytes:
+    [data] = fetch([uri], options, _MAX_BYTES, [etag])
     if isinstance(data, PhotoError):
-        raise data
+        raise PhotoError(data.kind, _CHANGED) if data.kind == ErrorKind.CHANGED else data
     if len(data) > _MAX_BYTES:
         raise PhotoError(ErrorKind.TOO_MANY_BYTES, f"{uri} has more than {_MAX_BYTES >> 20} MB")
     return data
 
 
-def _copy(uri: str, target: str, options: Mapping[str, Any] | None) -> tuple[State, str]:
-    state, note = _compare(uri, target, options)  # it may have appeared since it was planned
+def _copy(uri: str, target: str, etag: str | None, options: Mapping[str, Any] | None) -> tuple[State, str]:
+    original, state, note = _compare(uri, target, etag, options)  # it may have appeared since it was planned
     if state != "todo":
         return state, note
-    if uri.startswith(_S3) and target.startswith(_S3):
-        filesystem, path = open_filesystem(target, options)
-        (bucket, key), (from_bucket, from_key) = (
-            filesystem._find_bucket_key(one) for one in (path, uri.partition("://")[2])
-        )
-        source = {"Bucket": from_bucket, "Key": from_key}
-        filesystem.call_s3("copy_object", Bucket=bucket, Key=key, CopySource=source)
-        return "done", ""
-    data = _read(uri, options)
-    write_file(target, data, options)
-    if is_local(target) and (original := _look(uri, options)) and original.modified_ns is not None:
+    try:
+        if uri.startswith(_S3) and target.startswith(_S3):
+            _copy_within(uri, original, target, options)
+        else:
+            create_file(target, _read(uri, original.etag, options), options)
+    except FileExistsError:  # since that look
+        _, state, note = _compare(uri, target, original.etag, options)
+        return ("refused", f"something else is at {target}; move it away") if state == "todo" else (state, note)
+    if is_local(target) and original.modified_ns is not None:
         os.utime(local_path(target), ns=(original.modified_ns, original.modified_ns))
     return "done", ""
+
+
+def _copy_within(uri: str, original: _File, target: str, options: Mapping[str, Any] | None) -> None:
+    """Have the store copy this version. The copy of an object that was uploaded in parts remembers its etag."""
+    filesystem, path = open_filesystem(target, options)
+    bucket, key = filesystem._find_bucket_key(uri.partition("://")[2])
+    head = original.head or {}
+    request: dict[str, Any] = {"CopySource": {"Bucket": bucket, "Key": key}, "CopySourceIfMatch": head["ETag"]}
+    metadata = head["Metadata"]
+    # What comes as MissingMeta, or is not ASCII, could not be given again.
+    if "-" in str(original.etag) and not head.get("MissingMeta") and str(metadata).isascii():
+        request |= {name: head[name] for name in _HEADERS if name in head}
+        request |= {"MetadataDirective": "REPLACE", "Metadata": metadata | {_SOURCE_ETAG: original.etag}}
+    put_new(filesystem, "copy_object", path, **request)
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
 def plan_links(
-    uris: Sequence[str], folder: str, kind: Literal["hard", "symbolic"], among: Sequence[str] = ()
+    uris: Sequence[str],
+    folder: str,
+    kind: Literal["hard", "symbolic"],
+    among: Sequence[str] = (),
+    etags: Sequence[str | None] | None = None,
 ) -> list[Action]:
     """What to link so that these local photos are in another folder too, by their `relative_names`.
 
@@ -265,7 +321,7 @@ def plan_links(
         uris: of the photos.
         folder: a local one; it need not be there.
         kind: hard links need the device of the originals.
-        among: as in `plan_copy`.
+        among, etags: as in `plan_copy`.
 
     Raises:
         UsageError: a photo or the folder is not local, or the folder is a file.
@@ -276,19 +332,24 @@ def plan_links(
     if not is_local(folder):
         raise UsageError(f"links need a local folder, and {redact(folder)} is not one")
     _check_target(folder, None)
+    etag_of = dict(zip(uris, etags or [None] * len(uris), strict=True))
     actions = []
     for uri, (target, problem) in _targets(uris, folder, among).items():
         state: State = "refused"
+        how = (local_path(uri), local_path(target), kind, etag_of[uri])
         if problem is None:
-            state, problem = _compare_link(local_path(uri), local_path(target), kind)
-        link = partial(_link, local_path(uri), local_path(target), kind)
-        actions.append(Action(f"{kind} link", uri, target, problem, state, link))
+            state, problem = _compare_link(*how)
+        actions.append(Action(f"{kind} link", uri, target, problem, state, partial(_link, *how)))
     return actions
 
 
-def _compare_link(path: str, target: str, kind: str) -> tuple[State, str]:
-    if not os.path.exists(path):  # noqa: PTH110
+def _compare_link(path: str, target: str, kind: str, etag: str | None) -> tuple[State, str]:
+    try:
+        original = os.stat(path)  # noqa: PTH116
+    except OSError:
         return "refused", f"{path} is not there any more"
+    if etag not in (None, _etag(original)):
+        return "refused", _CHANGED
     if not os.path.lexists(target):
         return "todo", ""
     linked = os.path.islink(target)  # noqa: PTH114
@@ -297,7 +358,10 @@ def _compare_link(path: str, target: str, kind: str) -> tuple[State, str]:
     return "refused", f"{target} is there and is no {kind} link to {path}; move it away or give another folder"
 
 
-def _link(path: str, target: str, kind: str) -> tuple[State, str]:
+def _link(path: str, target: str, kind: str, etag: str | None) -> tuple[State, str]:
+    state, note = _compare_link(path, target, kind, etag)
+    if state != "todo":
+        return state, note
     os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
     try:
         if kind == "symbolic":
@@ -305,7 +369,7 @@ def _link(path: str, target: str, kind: str) -> tuple[State, str]:
         else:
             os.link(os.path.realpath(path), target)
     except FileExistsError:  # since it was planned
-        state, note = _compare_link(path, target, kind)
+        state, note = _compare_link(path, target, kind, etag)
         return ("refused", f"{target} is in the way") if state == "todo" else (state, note)
     except OSError as error:
         if kind == "hard" and error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
@@ -330,13 +394,19 @@ def write_list(uris: Sequence[str], target: str, options: Mapping[str, Any] | No
         UsageError: another suffix; or an object's name that a line of text cannot hold.
         StorageError: it cannot be written.
     """
+    check_suffix(target, lists=True)
     if not target.lower().endswith(".txt"):
-        if not target.lower().endswith((".csv", ".parquet")):
-            raise UsageError(f"{redact(target)}: a list is a .txt, .csv or .parquet file")
         write_table(pa.table({"uri": pa.array(uris, pa.string())}), target, options)
         return
     lines = [_line(uri, target) for uri in uris]
     _write_output(target, "".join(f"{line}\n" for line in lines).encode(), options)
+
+
+def check_suffix(target: str, lists: bool = False) -> None:
+    """Raise UsageError if no table, or list, can be written under this name."""
+    if not target.lower().endswith((".parquet", ".csv", *([".txt"] if lists else []))):
+        kinds = "list is a .txt, .csv or .parquet" if lists else "table is a .parquet or .csv"
+        raise UsageError(f"{redact(target)}: a {kinds} file")
 
 
 def _line(uri: str, target: str) -> str:
@@ -355,13 +425,12 @@ def write_table(table: pa.Table, target: str, options: Mapping[str, Any] | None 
         UsageError: another suffix.
         StorageError: it cannot be written.
     """
+    check_suffix(target)
     buffer = io.BytesIO()
     if target.lower().endswith(".parquet"):
         pa.parquet.write_table(table, buffer, write_page_checksum=True)
-    elif target.lower().endswith(".csv"):
-        pa.csv.write_csv(_flat(table), buffer)
     else:
-        raise UsageError(f"{redact(target)}: a table is a .parquet or .csv file")
+        pa.csv.write_csv(_flat(table), buffer)
     _write_output(target, buffer.getvalue(), options)
 
 

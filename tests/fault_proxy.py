@@ -39,6 +39,8 @@ STATUS = {
     "ExpiredToken": 400,
     "InvalidAccessKeyId": 403,
     "RequestTimeTooSkewed": 403,
+    "PreconditionFailed": 412,
+    "NotImplemented": 501,
 }
 #: What may happen to a transfer instead.
 TRANSFER = ("refuse", "reset", "short", "long", "slow", "late", "hang", "none")
