@@ -81,8 +81,9 @@ def plan(
         if (error := unlisted.get(posixpath.dirname(mark.uri))) is not None:
             refusal = str(error)
         elif naming == "replaced" and mark.uri in of_raws and mark.uri not in sidecars:
-            name, raw = posixpath.basename(_name(mark.uri, naming)), posixpath.basename(of_raws[mark.uri])
-            refusal = f"{name} is the sidecar of {raw}, which is not marked: mark that too, or append names"
+            names = (_name(mark.uri, "replaced"), of_raws[mark.uri], _name(mark.uri, "appended"))
+            replaced, raw, appended = map(posixpath.basename, names)
+            refusal = f"{replaced} is the sidecar of {raw}, which is not marked; mark that too, or write {appended}"
         if refusal:
             actions.append(Action("new sidecar", mark.uri, _name(mark.uri, naming), refusal, "refused"))
         else:

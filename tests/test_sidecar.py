@@ -608,7 +608,7 @@ def test_the_sidecar_of_a_raw_that_has_no_mark_is_not_the_jpegs(tmp_path: Path) 
         ("refused", "b.xmp"),
         ("refused", "c.xmp"),
     ]
-    assert done[0].note == "a.xmp is the sidecar of a.NEF, which is not marked: mark that too, or append names"
+    assert done[0].note == "a.xmp is the sidecar of a.NEF, which is not marked; mark that too, or write a.jpg.xmp"
     assert not (tmp_path / "b.xmp").exists()
     done = run(marks, "appended")
     assert [(action.state, Path(action.target).name) for action in done] == [
