@@ -61,7 +61,7 @@ def select(dest: Destination, selection: Selection = Selection(), keep: bool = T
 
     Returns:
         the chosen in the order they were chosen: the columns of `rank.rank`, where `rank` is the place here, with
-        `group_id`, `group_kind`, `group_size` and `reason`.
+        `etag`, `group_id`, `group_kind`, `group_size` and `reason`.
 
     Raises:
         UsageError: a diversity or quota that makes no sense; see `rank.rank` and `groups.make` for others.
@@ -101,7 +101,7 @@ def consider(dest: Destination, selection: Selection, keep: bool = True) -> pa.T
         if scene not in (*schema.SCENES, "*") or count < 0:
             raise UsageError(f"--quota {scene}={count}: give SCENE=N, with a scene of {', '.join(schema.SCENES)}")
     groups = current(dest, selection.ties, keep)
-    ranked = rank(dest, Ranking(None, by=selection.by, scene=selection.scene, where=selection.where))
+    ranked = rank(dest, Ranking(None, by=selection.by, scene=selection.scene, where=selection.where), ["etag"])
     with database(ranked=ranked, groups=groups) as connection:
         dest.load_latest(connection, "seen", "embeddings", ["image_id", "run_id"])
         rows = connection.sql(

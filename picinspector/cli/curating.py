@@ -205,14 +205,14 @@ def select(
         diversity = 0.5 if diverse else 0.0
     wanted = _selection(best, by, scene, where, diversity, quota, duplicates)
     chosen = choosing.select(tables, wanted, keep=not dry_run)
-    uris = chosen.column("uri").to_pylist()
+    uris, etags = (chosen.column(name).to_pylist() for name in ("uri", "etag"))
     actions: list[Action] = []
     if copy_to is not None:
         _warn_of_libraries(tables, copy_to)
-        actions += export.plan_copy(uris, copy_to, options, outermost(tables))
+        actions += export.plan_copy(uris, copy_to, options, outermost(tables), etags)
     if link_to is not None:
         _warn_of_libraries(tables, link_to)
-        actions += export.plan_links(uris, link_to, link.value if link else "symbolic", outermost(tables))
+        actions += export.plan_links(uris, link_to, link.value if link else "symbolic", outermost(tables), etags)
     if xmp is not None:
         label = "Red" if reject_label is None else reject_label or None
         said = marks(tables, wanted, label, keep=not dry_run)
