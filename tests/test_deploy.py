@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import typer
 import yaml
 
+import picinspector
 from picinspector.cli import app
 from tests.ray_head import Head
 
@@ -124,7 +127,11 @@ def resource(kind: str, spec: dict[str, Any], longest: int) -> dict[str, Any]:
     }
 
 
-KUBERAY = {"RayJob": resource("RayJob", JOB, 47), "RayCronJob": resource("RayCronJob", CRON_JOB, 36)}
+KUBERAY = {
+    "RayJob": resource("RayJob", JOB, 47),
+    "RayCronJob": resource("RayCronJob", CRON_JOB, 36),
+    "RayCluster": resource("RayCluster", CLUSTER, 50),
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -132,14 +139,18 @@ def load(name: str) -> dict[str, Any]:
     return loaded
 
 
-def job_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The spec of the RayJob that a RayJob or a RayCronJob makes."""
+def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The spec of the RayCluster that one of these is, or makes."""
     spec: dict[str, Any] = manifest["spec"]
-    return spec if manifest["kind"] == "RayJob" else spec["jobTemplate"]
+    if manifest["kind"] == "RayCluster":
+        return spec
+    job = spec if manifest["kind"] == "RayJob" else spec["jobTemplate"]
+    cluster: dict[str, Any] = job["rayClusterSpec"]
+    return cluster
 
 
 def groups_of(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    cluster = job_of(manifest)["rayClusterSpec"]
+    cluster = cluster_of(manifest)
     return {"head": cluster["headGroupSpec"], **{group["groupName"]: group for group in cluster["workerGroupSpecs"]}}
 
 
@@ -149,7 +160,7 @@ def check(manifest: dict[str, Any]) -> None:
     Raises:
         ValidationError: of jsonschema or of kubernetes_validate.
     """
-    if manifest["kind"] == "CronJob":
+    if manifest["kind"] not in KUBERAY:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
         return
     jsonschema.validate(manifest, KUBERAY[manifest["kind"]])
@@ -158,9 +169,25 @@ def check(manifest: dict[str, Any]) -> None:
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml", "cronjob.yaml"])
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml", "raycluster.yaml", "cronjob.yaml"])
 def test_its_schema_accepts_it(name: str) -> None:
     check(load(name))
+
+
+def test_the_service_is_accepted_and_starts_as_it_says() -> None:
+    deployment, service = yaml.safe_load_all((DEPLOY / "api.yaml").read_text())
+    check(deployment)
+    check(service)
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert service["spec"]["selector"] == pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
+    assert {port["name"] for port in container["ports"]} == {service["spec"]["ports"][0]["targetPort"]}
+    program, *arguments = [*container["command"], *container["args"]]
+    command: Any = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
+    given = command.make_context(command.name, arguments[1:]).params
+    assert (program, given["port"]) == ("picinspector", container["ports"][0]["containerPort"])
+    assert not given["public"] and "PICINSPECTOR_TOKEN" in {variable["name"] for variable in container["env"]}
+    assert pod["spec"]["terminationGracePeriodSeconds"] > given["timeout"] + 5, "what is under way is finished"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +226,33 @@ def test_every_night_is_the_one_that_can_be_tried_by_hand() -> None:
     assert load("raycronjob.yaml")["spec"]["jobTemplate"] == load("rayjob.yaml")["spec"]
 
 
+def test_the_cluster_that_stands_is_the_one_that_comes_and_goes() -> None:
+    standing = load("raycluster.yaml")
+    assert cluster_of(standing) == cluster_of(load("rayjob.yaml"))
+    (container,) = load("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert f"http://{standing['metadata']['name']}-head-svc:8265" in container["args"][0]
+    secret = next(variable for variable in container["env"] if variable["name"] == "RAY_AUTH_TOKEN")
+    assert secret["valueFrom"]["secretKeyRef"]["name"] == standing["metadata"]["name"]
+
+
+def test_the_image_is_one_and_a_linter_accepts_it() -> None:
+    """hadolint, with no rule turned off; the same name everywhere, which the version of the package ends."""
+    linted = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), "--no-color", ROOT / "Dockerfile"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert linted.returncode == 0, linted.stdout
+    text = (ROOT / "Dockerfile").read_text()
+    assert "hadolint ignore" not in text
+    for manifest in DEPLOY.glob("*.yaml"):
+        images = set(re.findall(r"image: (\S+)", manifest.read_text()))
+        assert images == {f"picinspector:{picinspector.__version__}"}, manifest.name
+        assert images == set(re.findall(r"build -t (\S+)", text))
+    launcher = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    plain, gpu = (node["docker"]["worker_image"] for node in (launcher, launcher["available_node_types"]["gpu"]))
+    assert f"FROM {plain}${{FLAVOUR}}" in text and f"ARG FLAVOUR={gpu.removeprefix(plain)}" in text, "the launcher's"
+
+
 def test_the_nodes_are_those_of_the_launcher() -> None:
     groups, launcher = groups_of(load("rayjob.yaml")), yaml.safe_load((ROOT / "cluster.yaml").read_text())
     assert groups["head"]["rayStartParams"] | {"num-cpus": "0", "num-gpus": "0"} == groups["head"]["rayStartParams"]
@@ -227,14 +281,15 @@ def test_a_night_ends_before_the_next() -> None:
 def test_ray_is_that_of_the_constraints() -> None:
     pinned = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
-    assert job_of(load("rayjob.yaml"))["rayClusterSpec"]["rayVersion"] == pinned[1]
-    assert re.findall(r"rayproject/ray:([\d.]+)-", (DEPLOY / "README.md").read_text()) == [pinned[1]]
+    assert cluster_of(load("rayjob.yaml"))["rayVersion"] == pinned[1]
+    for file in ("Dockerfile", "cluster.yaml"):
+        assert set(re.findall(r"rayproject/ray:([\d.]+)-", (ROOT / file).read_text())) == {pinned[1]}
 
 
-@pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "crontab", "README.md"])
+@pytest.mark.parametrize("name", sorted(path.name for path in DEPLOY.iterdir()))
 def test_no_credential_is_in_it(name: str) -> None:
     text = (DEPLOY / name).read_text()
-    assert not re.search(r"AKIA[0-9A-Z]{16}|[0-9a-f]{32}|(SECRET|PASSWORD|TOKEN)[A-Z_]*\s*[=:]\s*[^\s,}]", text)
+    assert not re.search(r"AKIA[0-9A-Z]{16}|[0-9a-f]{32}|(SECRET|PASSWORD|TOKEN)[A-Z_]*\s*[=:]\s*[^\s,}$]", text)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -291,7 +346,7 @@ def test_all_run_the_same_job() -> None:
         python, script, *arguments = entrypoint(in_shell(command()))
         assert (python, arguments) == ("python", job[2:])
         assert script in {"jobs/nightly.py", job[1]}
-    assert f"COPY jobs/ {job[1].removesuffix('nightly.py')}" in (DEPLOY / "README.md").read_text()
+    assert f"jobs/ {job[1].removesuffix('nightly.py')}" in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_job_takes_its_arguments() -> None:
@@ -304,6 +359,18 @@ def test_the_job_takes_its_arguments() -> None:
     assert given["keep_days"] == 30
     with pytest.raises(Exception, match="No such option"):
         command.make_context(command.name, [*arguments, "--keep-day", "3"])
+
+
+def test_a_job_takes_its_scripts_along_and_no_weights(head: Head) -> None:
+    """`--working-dir .` uploads what .rayignore leaves of the repository; the package is the node's own."""
+    look = "import os, picinspector; print(sorted(os.listdir('.')), picinspector.__file__)"
+    done = head.submit("python", "-c", look)
+    assert done.returncode == 0, done.stdout[-2000:]
+    (listed,) = re.findall(r"^(\[.*\]) ", done.stdout, re.MULTILINE)
+    there = set(ast.literal_eval(listed))
+    assert {"jobs", "training", "pyproject.toml"} <= there
+    assert not there & {"picinspector", "tests", "docs", "benchmarks", "demo", ".venv", ".git"}
+    assert str(ROOT / "picinspector") in done.stdout, "the installed one, here this checkout"
 
 
 def test_ray_refuses_the_day_a_second_time(head: Head) -> None:
