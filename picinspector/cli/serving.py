@@ -29,7 +29,7 @@ def serve(
     gpus_per_replica: Annotated[
         float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 works on the CPU.")
     ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Photos that may wait; more are turned away.")] = 64,
+    queue: Annotated[int, typer.Option(min=8, help="Photos that may wait; more are turned away.")] = 64,
     max_megapixels: Annotated[float, typer.Option(min=0, help="Refuse photos with more pixels.")] = 100.0,
     max_megabytes: Annotated[float, typer.Option(min=0, help="Refuse larger files.")] = 32.0,
     timeout: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds for a request.")] = 30.0,

@@ -33,7 +33,7 @@ from picinspector.web import fetch_url
 #: Photos of one batch request.
 BATCH_MAX = 64
 #: Of them, before the replicas at once: a batch leaves room for others.
-_BATCH_AT_ONCE = 16
+_BATCH_AT_ONCE = 8
 #: URLs fetched at once.
 _FETCHES = 16
 _NAME_CHARACTERS = 255
@@ -240,7 +240,8 @@ _JSON_BODY = {"schema": {"$ref": "#/components/schemas/Reference"}}
 
 
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"schema": {"type": "object", "required": [_FIELD], "properties": {_FIELD: schema}}}
+    properties = {"properties": {_FIELD: schema}, "additionalProperties": False}
+    return {"schema": {"type": "object", "required": [_FIELD]} | properties}
 
 
 _ONE: dict[str, Any] = {
