@@ -57,7 +57,7 @@ def curate(dest: Destination, options: Options = Options()) -> dict[str, Any]:
     chosen = select(dest, options.selection)
     kept_in = save(dest, chosen)
     seconds["selection"] = time.monotonic() - started - seconds["groups"]
-    page = replace(options.page, storage_options=options.storage_options)
+    page = replace(options.page, storage_options=options.storage_options or options.page.storage_options)
     out = options.out or dest.url_of("report.html")
     shown = report.write(dest, out, page)
     seconds["report"] = time.monotonic() - started - sum(seconds.values())

@@ -41,7 +41,7 @@ _SAME_QUALITY = 0.25
 _AHEAD = 3.0
 #: Photos whose facts are Python objects at a time.
 _ROWS_AT_ONCE = 20_000
-#: Of `Ties.near_similarity`, which is of neighbours: others of their group, darker or softer, are less like its best.
+#: Of the similarity of neighbours: others of their group, darker or softer, are less like its best.
 _LIKE_THE_BEST = 0.8
 #: Frames after each that may be of its burst.
 _BURST_FRAMES = 8
@@ -89,7 +89,7 @@ def make(dest: Destination, ties: Ties = Ties()) -> pa.Table:
     Raises:
         UsageError: nothing has been scored here, or with two bundles.
     """
-    as_of = _newest(dest)
+    as_of = dest.newest()
     photos = _photos(dest)
     groups = find(photos, load_vectors(dest, photos), ties)
     said = {"as_of": as_of, "ties": asdict(ties)}
@@ -125,15 +125,11 @@ def current(dest: Destination, ties: Ties | None = None, keep: bool = True) -> p
     found = load(dest)
     said = _said(found) if found is not None else {}
     wanted = ties or (Ties(**said["ties"]) if "ties" in said else Ties())
-    if found is None or (said.get("as_of"), said.get("ties")) != (_newest(dest), asdict(wanted)):
+    if found is None or (said.get("as_of"), said.get("ties")) != (dest.newest(), asdict(wanted)):
         found = make(dest, wanted)
         if keep:
             save(dest, found)
     return found
-
-
-def _newest(dest: Destination) -> str:
-    return max((record["run_id"] for record in dest.runs()), default="")
 
 
 def _said(groups: pa.Table) -> dict[str, Any]:
@@ -198,7 +194,11 @@ def find(photos: pa.Table, vectors: np.ndarray, ties: Ties = Ties()) -> pa.Table
     near = _near(photos, vectors, ties)
     burst = _bursts(photos, vectors, ties)
     levels = [_components(photos.num_rows, edges) for edges in (exact, [*exact, *near], [*exact, *near, *burst])]
-    return _judge(photos, levels, _part(photos, levels, vectors, _LIKE_THE_BEST * ties.near_similarity))
+    # Burst frames are tied by their own measure, which may be the looser one.
+    similarity = min(ties.near_similarity, ties.burst_similarity) if ties.burst_s else ties.near_similarity
+    rank = _rank(photos, levels[-1])
+    group = _part(levels[-1], rank, levels[0], vectors, _LIKE_THE_BEST * similarity)
+    return _judge(photos, levels, group, rank)
 
 
 _Edges = list[np.ndarray]
@@ -247,41 +247,43 @@ def _components(count: int, edges: _Edges) -> np.ndarray:
     return np.asarray(component, np.int64)
 
 
-def _part(photos: pa.Table, levels: list[np.ndarray], vectors: np.ndarray, least: float) -> np.ndarray:
+def _part(whole: np.ndarray, rank: np.ndarray, copies: np.ndarray, vectors: np.ndarray, least: float) -> np.ndarray:
     """What hangs together, parted until all of a group look like the best of it, or are copies of one that does.
 
     Like the leader algorithm of clustering (Hartigan 1975), with the best photo that is left as the next leader.
+
+    Args:
+        whole: component of each photo.
+        rank: in its component, from 1.
+        copies: component of photos with the same bytes.
+        vectors: float16 (N, D).
+        least: cosine to the best, at least.
     """
-    copies, whole = levels[0], levels[-1]
-    _, rank = _order(photos, whole)
-    group, left = whole.copy(), np.flatnonzero(np.bincount(whole)[whole] > 2)
-    left = left[np.lexsort((rank[left], whole[left]))]
-    numbers = group.max(initial=-1) + 1
-    while len(left):
-        starts = np.flatnonzero(np.diff(whole[left], prepend=-1))
-        leader = np.repeat(left[starts], np.diff([*starts, len(left)]))
-        like = np.concatenate([
-            np.einsum("nd,nd->n", vectors[left[at : at + _ROWS_AT_ONCE]].astype(np.float32),
-                      vectors[leader[at : at + _ROWS_AT_ONCE]].astype(np.float32))
-            for at in range(0, len(left), _ROWS_AT_ONCE)
-        ]) >= least  # fmt: skip
-        like |= np.isin(copies[left], copies[left[like]]) | (left == leader)
-        group[left[like]] = numbers + np.searchsorted(left[starts], leader[like], sorter=np.argsort(left[starts]))
-        numbers += len(starts)
-        left = left[~like]
+    group, numbers = whole.copy(), int(whole.max(initial=-1)) + 1
+    several = np.flatnonzero(np.bincount(whole)[whole] > 2)
+    several = several[np.lexsort((rank[several], whole[several]))]
+    for rows in np.split(several, np.flatnonzero(np.diff(whole[several])) + 1):
+        wide, left = vectors[rows].astype(np.float32), np.arange(len(rows))
+        while len(left):
+            like = wide[left] @ wide[left[0]] >= least
+            like[0] = True
+            like |= np.isin(copies[rows[left]], copies[rows[left[like]]])
+            group[rows[left[like]]] = numbers
+            numbers, left = numbers + 1, left[~like]
     return np.unique(group, return_inverse=True)[1]
 
 
 # --- the pick ---------------------------------------------------------------------------------------------------------
 
 
-def _judge(photos: pa.Table, levels: list[np.ndarray], group: np.ndarray) -> pa.Table:
+def _judge(photos: pa.Table, levels: list[np.ndarray], group: np.ndarray, rank: np.ndarray) -> pa.Table:
     size = np.bincount(group)[group]
     kind = np.full(len(group), schema.GROUP_KINDS.index("single"))
     for index in reversed(range(len(levels))):
         whole = _distinct(group, levels[index]) == 1
         kind = np.where((size > 1) & whole[group], index, kind)
-    order, rank = _order(photos, group)
+    order = np.lexsort((rank, group))
+    rank = _number(order, group)
     ids = np.asarray(photos.column("image_id").to_pylist(), dtype=object)
     named = np.full(group.max(initial=-1) + 1, None, dtype=object)
     for row in np.flatnonzero(size > 1).tolist():
@@ -309,8 +311,8 @@ def _distinct(group: np.ndarray, inner: np.ndarray) -> np.ndarray:
     return np.bincount(pairs[:, 0])
 
 
-def _order(photos: pa.Table, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows by group, in each the best first; and each row's rank in its group, from 1.
+def _rank(photos: pa.Table, group: np.ndarray) -> np.ndarray:
+    """Each photo's rank among those of its group, from 1.
 
     The highest score wins. Among those within `_SAME_QUALITY` of it, and so on downwards, the larger picture does.
     """
@@ -321,11 +323,15 @@ def _order(photos: pa.Table, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     pixels = np.asarray(pc.multiply(photos["width"].cast(pa.int64()), photos["height"].cast(pa.int64())))
     uris = np.argsort(np.argsort(photos.column("uri").to_numpy(zero_copy_only=False), kind="stable"))
     length = np.asarray(pc.utf8_length(photos.column("uri")))  # "a.jpg" before "a copy.jpg"
-    order = np.lexsort((uris, length, -quality, -pixels, steps, group))
+    return _number(np.lexsort((uris, length, -quality, -pixels, steps, group)), group)
+
+
+def _number(order: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Places within groups, from 1, of rows that `order` has by group."""
+    place = np.empty(len(group), np.int64)
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    rank = np.empty(len(group), np.int64)
-    rank[order] = np.arange(len(group)) - np.repeat(starts, np.diff([*starts, len(group)])) + 1
-    return order, rank
+    place[order] = np.arange(len(group)) - np.repeat(starts, np.diff([*starts, len(group)])) + 1
+    return place
 
 
 def _members(

@@ -20,6 +20,7 @@ import pyarrow as pa
 from picinspector import schema
 from picinspector.errors import UsageError
 from picinspector.manifest import is_list
+from picinspector.plan import libraries_of
 from picinspector.tables import Destination, database
 
 #: What photos can be ranked by.
@@ -106,7 +107,7 @@ def rank(dest: Destination, ranking: Ranking = Ranking(), columns: Sequence[str]
     given = ["uri", "image_id", "album", "scene", "value", "library_percentile", "scene_percentile", "quality_score"]
     wanted = [*dict.fromkeys([*given, *attributes, "scorer_kind", "run_id", *columns])]
     with _scored(dest, [*schema.SCORES.names, "run_id"]) as rows, _asking(ranking.where):
-        rows = rows.project(f"*, {_ALBUM} AS album, {value} AS value").filter("value IS NOT NULL")
+        rows = rows.project(f"*, {_ALBUM} AS album, {value} AS value").filter("value IS NOT NULL AND NOT isnan(value)")
         rows = rows.project(
             "*, 100 * cume_dist() OVER (ORDER BY value) AS library_percentile, "
             "100 * cume_dist() OVER (PARTITION BY scene ORDER BY value) AS scene_percentile"
@@ -166,7 +167,7 @@ def outermost(dest: Destination) -> list[str]:
     Raises:
         UsageError: nothing has been scored into this destination.
     """
-    libraries = {str(record["library"]) for record in dest.runs() if record.get("library")}
+    libraries = libraries_of(dest)
     if libraries and not any(is_list(library) for library in libraries):
         return [f"{library.rstrip('/')}/*" for library in sorted(libraries)]
     with database() as connection:

@@ -154,11 +154,24 @@ SCORES = pa.schema(
     ]
 )
 
+#: Columns that came after the first release of the tables. What has to be there is not among them.
+_ADDED = frozenset(
+    {
+        "content_hash",
+        *CAPTION.names,
+        "caption_error",
+        "caption_fingerprint",
+        "suggestions",
+        "quality_low",
+        "quality_high",
+    }
+)
+
 
 def optional(table: str) -> pa.Schema:
     """The columns of a table that readers take for nulls in files of a version that did not write them yet."""
-    fields = {"embeddings": embeddings(1, 1), "scores": SCORES}.get(table, ())
-    return pa.schema([field for field in fields if field.nullable and not pa.types.is_fixed_size_list(field.type)])
+    fields: pa.Schema = {"embeddings": embeddings(1, 1), "scores": SCORES}.get(table, pa.schema([]))
+    return pa.schema([field for field in fields if field.name in _ADDED])
 
 
 #: How the photos of a group are one: the same bytes; the same picture; frames of one moment. `single`: by itself.

@@ -80,12 +80,15 @@ def select(dest: Destination, selection: Selection = Selection(), keep: bool = T
 
 def save(dest: Destination, chosen: pa.Table) -> str:
     """Keep what `select` chose in the destination, in place of what was kept before; returns the file's URL."""
+    chosen = chosen.replace_schema_metadata({b"as_of": dest.newest().encode()})
     dest.write_parquet(f"{dest.root}/groups/selection.parquet", chosen)
     return f"{dest.url.rstrip('/')}/groups/selection.parquet"
 
 
 def load(dest: Destination) -> pa.Table | None:
     """The selection that was kept last, columns of `select`; None where there is none.
+
+    Its metadata say `as_of`: the newest run it knew.
 
     Raises:
         StorageError: it is damaged.
@@ -147,13 +150,16 @@ def _fill(photos: pa.Table, selection: Selection) -> list[int]:
 
 
 def _pool(photos: pa.Table, selection: Selection) -> pa.Table:
-    """Those of which diverse ones are chosen: the best of all, and of each scene that has a quota."""
+    """Those of which diverse ones are chosen: the best of all, and the best of each scene that has a quota."""
     size = max(_POOL * selection.best, _LEAST_POOL)
     if not selection.quotas or photos.num_rows <= size:
         return photos.slice(0, size)
-    scenes = photos.column("scene").to_numpy(zero_copy_only=False)
-    rows = np.concatenate([np.flatnonzero(scenes == scene)[:size] for scene in schema.SCENES])
-    return photos.take(pa.array(np.sort(rows)))
+    scenes, rows = photos.column("scene").to_numpy(zero_copy_only=False), [np.arange(size)]
+    for scene in schema.SCENES:
+        quota = selection.quotas.get(scene, selection.quotas.get("*", 0))
+        most = max(_POOL * min(quota, selection.best), _LEAST_POOL) if quota else 0
+        rows.append(np.flatnonzero(scenes == scene)[:most])
+    return photos.take(pa.array(np.unique(np.concatenate(rows))))
 
 
 def _diverse(photos: pa.Table, vectors: np.ndarray, selection: Selection) -> list[int]:

@@ -162,6 +162,10 @@ class Destination:
         records = _in_threads(lambda run_id: self._read_json(f"{self.run_path(run_id)}/run.json"), self._run_ids())
         return [record for record in records if record is not None]
 
+    def newest(self) -> str:
+        """Id of the newest committed run; empty where there is none."""
+        return max((record["run_id"] for record in self.runs()), default="")
+
     def uncommitted(self) -> list[str]:
         """Ids of runs that began here and were not committed, oldest first."""
         committed = {record["run_id"] for record in self.runs()}
@@ -217,10 +221,12 @@ class Destination:
         """
         try:
             with self.filesystem.open(path, "rb") as file:
-                return pa.parquet.read_table(file)
+                return pa.parquet.read_table(file, page_checksum_verification=True)
         except FileNotFoundError:
             return None
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the storage, not of the file
+                raise
             raise StorageError(f"{redact(path)} is damaged; delete it and run the same command again") from error
 
     @contextlib.contextmanager

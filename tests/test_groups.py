@@ -173,10 +173,35 @@ def test_a_series_that_turns_away_from_its_best_is_several_groups() -> None:
     assert {row["group_kind"] for row in found.values()} == {"burst"}
 
 
-def test_copies_stay_together_whatever_their_embeddings() -> None:
+def test_the_pick_is_the_one_that_the_others_look_like() -> None:
+    """The 9.0 draws the best three of its side; of the rest the best by score leads, not the larger one beside it."""
+    rows = [
+        photo(name, quality, captured_at=NOON + timedelta(seconds=2 * at), camera="X", **size)
+        for at, (name, quality, size) in enumerate([
+            ("0", 9.0, {}), ("30", 5.0, {}), ("55", 8.7, {"width": 8000}), ("75", 5.0, {}), ("95", 8.8, {}),
+            ("120", 5.0, {}), ("144", 5.0, {}),
+        ])
+    ]  # fmt: skip
+    angles = np.radians([int(Path(row["uri"]).stem) for row in rows])
+    found = find(rows, unit(*np.stack([np.cos(angles), np.sin(angles)], axis=1)))
+    picks = {row["group_id"]: name for name, row in found.items() if row["is_best"]}
+    for name, row in found.items():
+        turned = abs(int(name) - int(picks[row["group_id"]]))
+        assert np.cos(np.radians(turned)) >= 0.6, (name, picks[row["group_id"]])
+    assert sorted(picks.values()) == ["0", "95"]
+
+
+def test_frames_of_a_burst_with_a_loose_tie_stay_together() -> None:
+    rows = [photo(name, captured_at=NOON + timedelta(seconds=at), camera="X") for at, name in enumerate("abc")]
+    vectors = unit([1, 0, 0], [0.55, 0.835, 0], [0.55, 0.297, 0.781])
+    assert {row["group_size"] for row in find(rows, vectors, Ties(burst_similarity=0.5)).values()} == {3}
+
+
+@pytest.mark.parametrize("without", [[0], [1], [2], [0, 1, 2]])
+def test_copies_stay_together_whatever_their_embeddings(without: list[int]) -> None:
     rows = [photo("a", 9.0, content_hash="x"), photo("b", content_hash="x"), photo("c", content_hash="x")]
     vectors = unit([1, 0], [1, 0], [1, 0])
-    vectors[2] = 0  # none of the three is missing but this one's embedding
+    vectors[without] = 0
     assert {row["group_size"] for row in find(rows, vectors).values()} == {3}
 
 
@@ -279,6 +304,15 @@ def test_groups_keep_the_ties_they_were_made_with(dest: Destination, capsys: Any
         assert "Invalid value for" in capsys.readouterr().err
 
 
+def test_tables_without_what_always_was_are_refused(tmp_path: Path) -> None:
+    dest = Destination(tmp_path / "tables")
+    commit(dest, RUN, [photo("a"), photo("b")], apart(2))
+    [file] = dest.files(dest.table_path("embeddings", RUN))
+    dest.write_parquet(file, pa.parquet.read_table(file).drop_columns(["phash"]))
+    with pytest.raises(UsageError, match="an older version wrote these tables, without phash: score them again"):
+        groups.make(dest)
+
+
 def test_tables_without_hashes_of_the_content_have_no_exact_copies(tmp_path: Path) -> None:
     dest = Destination(tmp_path / "tables")
     commit(dest, RUN, [photo("a", content_hash="x"), photo("b", content_hash="x")], apart(2))
@@ -297,4 +331,12 @@ def test_a_damaged_file_says_how_to_mend_it(dest: Destination) -> None:
     groups.save(dest, groups.make(dest))
     Path(f"{dest.root}/groups/groups.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match=r"groups\.parquet is damaged; delete it and run the same command again"):
+        groups.load(dest)
+    groups.save(dest, groups.make(dest))
+    file = Path(f"{dest.root}/groups/groups.parquet")
+    content, column = bytearray(file.read_bytes()), pa.parquet.read_metadata(file).row_group(0).column(4)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start + column.total_compressed_size - 1] ^= 1  # in a page of numbers: only its checksum tells
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"groups\.parquet is damaged"):
         groups.load(dest)

@@ -54,12 +54,13 @@ def names(found: pa.Table) -> list[str]:
 def test_what_has_no_value_is_not_ranked(tmp_path: Path) -> None:
     """Not as the best, as SQL would have it: NaN is the largest number there, and null the last."""
     rows = [row("/lib/a.jpg", math.nan), row("/lib/b.jpg", 5), row("/lib/c.jpg", 4)]
-    rows[1]["attribute_sharpness"] = None
+    rows[1]["attribute_sharpness"], rows[1]["attribute_contrast"] = None, math.nan
     dest = Destination(tmp_path / "tables")
     dest.write_parquet(f"{dest.table_path('scores', RUN)}/0.parquet", pa.Table.from_pylist(rows, schema=schema.SCORES))
     dest.commit({"run_id": RUN, "kind": "score", "counts": {"to_do": 3}})
     assert names(rank(dest)) == ["b", "c"] and rank(dest).column("library_percentile").to_pylist() == [100, 50]
     assert names(rank(dest, Ranking(by="sharpness=1"))) == names(rank(dest, Ranking(by="sharpness"))) == ["c"]
+    assert names(rank(dest, Ranking(by="contrast"))) == ["c"]
 
 
 def test_names_of_copies_follow_the_library(dest: Destination) -> None:
@@ -67,6 +68,9 @@ def test_names_of_copies_follow_the_library(dest: Destination) -> None:
     for run, library in {"20260102T000000.000Z-b": "/lib/a", "20260103T000000.000Z-c": "s3://b/p/"}.items():
         dest.commit({"run_id": run, "kind": "score", "library": library, "counts": {"to_do": 0}})
     assert outermost(dest) == ["/lib/a/*", "s3://b/p/*"]
+    folded = {"run_id": "20260103T000000.000Z-c.fold", "library": None, "libraries": ["/lib/a", "s3://b/p/", "s3://c"]}
+    dest.commit({**folded, "counts": {"to_do": 0}})
+    assert outermost(dest) == ["/lib/a/*", "s3://b/p/*", "s3://c/*"]
     dest.commit({"run_id": "20260104T000000.000Z-d", "library": "s3://b/list.csv", "counts": {"to_do": 0}})
     assert outermost(dest) == ["/lib/a/1.jpg", "/lib/b/5.jpg"], "a list's photos may be anywhere"
 

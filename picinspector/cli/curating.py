@@ -228,9 +228,9 @@ def select(
 
 def _warn_of_libraries(dest: Destination, target: str) -> None:
     from picinspector.export import lies_within
+    from picinspector.plan import libraries_of
 
-    libraries = {str(record["library"]) for record in dest.runs() if record.get("library")}
-    for library in sorted(one for one in libraries if lies_within(target, one)):
+    for library in sorted(one for one in libraries_of(dest) if lies_within(target, one)):
         print(
             f"note: {one_line(target)} lies in the library {one_line(library)}, whose next run will score the copies",
             file=sys.stderr,

@@ -145,8 +145,9 @@ def _leads(found: Digest) -> dict[str, str]:
         groups = f"The {len(found.groups):,} largest of {summary['groups']:,} groups"
     shown = len(found.views["selected"])
     more = f" The first {shown:,} of {summary['selected']:,}." if shown < summary["selected"] else ""
+    older = " Chosen before the last run: curate again." if summary["selection_is_old"] else ""
     return {
-        "selected": f"The photos to keep, in the order in which they were chosen.{more}",
+        "selected": f"The photos to keep, in the order in which they were chosen.{more}{older}",
         "best": "The highest quality scores of the library.",
         "worst": "The lowest quality scores of the library, the worst first.",
         "borderline": f"Closest to {middle}: whether these are in or out is a matter of taste. Look at them yourself.",
