@@ -62,9 +62,11 @@ class Replicas:
 
 
 @contextlib.contextmanager
-def served(rules: Rules = RULES, ready: bool = True) -> Iterator[tuple[httpx2.Client, Replicas]]:
+def served(
+    rules: Rules = RULES, ready: bool = True, replicas: Replicas | None = None
+) -> Iterator[tuple[httpx2.Client, Replicas]]:
     """The application behind uvicorn, as `serve.run` starts it."""
-    replicas = Replicas()
+    replicas = replicas or Replicas()
 
     async def is_ready() -> bool:
         return ready

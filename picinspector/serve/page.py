@@ -43,7 +43,7 @@ def render(wants_token: bool, scorer_kind: str) -> Page:
         attributes=json.dumps({name: labels[name] for name in schema.ATTRIBUTES}),
     )
     policy = (
-        f"default-src 'none'; img-src blob:; connect-src 'self'; style-src '{_sha256(style)}'; "
+        f"default-src 'none'; img-src blob: data:; connect-src 'self'; style-src '{_sha256(style)}'; "
         f"script-src '{_sha256(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
