@@ -139,7 +139,17 @@ def _plan(sidecars: Sequence[_Sidecar], overwrite: bool, options: Mapping[str, A
         data = contents.get(one.uri)
         mark, kind = one.marks[0], "changed sidecar" if one.exists else "new sidecar"
         try:
-            elsewhere = [_or_raise(embedded[mark.uri]) for mark in one.marks if mark.uri in embedded]
+            # A program may have copied ours from the sidecar into the photo.
+            ours = data if isinstance(data, bytes) else b""
+            written = xmp.Found(xmp.find_written_rating(ours), xmp.find_written_label(ours))
+            inside = [_or_raise(embedded[mark.uri]) for mark in one.marks if mark.uri in embedded]
+            elsewhere = [
+                xmp.Found(
+                    found.rating if found.rating != written.rating else None,
+                    found.label if found.label != written.label else None,
+                )
+                for found in inside
+            ]
             for uri in one.others:
                 beside = _or_raise(contents[uri])
                 elsewhere.append(xmp.Found(xmp.find_persons_rating(beside), xmp.find_persons_label(beside)))
@@ -170,12 +180,14 @@ def _write(
 
 
 def _is_open(data: bytes | PhotoError | None, mark: Mark) -> bool:
-    """Whether what is in the photo matters to its mark: unless a person's rating or label is in the sidecar already.
+    """Whether what is in the photo matters to its mark: unless a person has said all in the sidecar already.
 
-    Ours that a person took back are as good as a person's.
+    Ours that a person took back are as good as a person's, and what a person rated gets no label of ours.
     """
     if not isinstance(data, bytes):
         return bool(mark.rating or mark.label)
+    if xmp.find_persons_rating(data):
+        return False
     rating_open = (xmp.find_rating(data) or None) == xmp.find_written_rating(data)
     label_open = xmp.find_label(data) == xmp.find_written_label(data)
     return bool((mark.rating and rating_open) or (mark.label and label_open))

@@ -70,7 +70,7 @@ def test_everyday_commands_work_as_written(typed: Typed) -> None:
 
 def test_the_python_block_works_as_written(typed: Typed) -> None:
     expected = {README: "quality_score", CURATING: r"near.* 9 .* 79"}
-    for page, block in [(page, block) for page in expected for block in blocks("python", page)]:
+    for page, block in [(one, block) for one in expected for block in blocks("python", one)]:
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=typed.folder, capture_output=True, text=True, timeout=120, check=False
         )

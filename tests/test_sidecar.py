@@ -529,7 +529,22 @@ def test_a_photo_is_read_only_where_a_person_has_not_said_all_in_its_sidecar(
     real = xmp.read_embedded
     monkeypatch.setattr(xmp, "read_embedded", lambda uris, options: asked.extend(uris) or real(uris, options))
     sidecar.plan([Mark(f"{tmp_path}/{name}.jpg", 3, "Red") for name in said], "appended")
-    assert {Path(uri).stem for uri in asked} == {"ours", "ours and theirs", "nothing"}
+    assert {Path(uri).stem for uri in asked} == {"ours", "nothing"}
+
+
+def test_ours_that_a_program_copied_into_the_photo_is_not_a_persons(tmp_path: Path) -> None:
+    """Lightroom writes what it finds in a sidecar into the JPEG; the mark changes meanwhile."""
+    photo = tmp_path / "a.jpg"
+    photo.write_bytes(jpeg())
+    run([Mark(str(photo), 4, "Red")])
+    photo.write_bytes(jpeg(4, "Red"))
+    [done] = run([Mark(str(photo), 2, "Blue")])
+    assert done.note == "rating 2; label Blue"
+    assert values((tmp_path / "a.jpg.xmp").read_bytes())["Rating"] in ("2", 2)
+    photo.write_bytes(jpeg(2, "Blue"))
+    assert xmp.read_ratings([str(photo)])[0] == {}
+    photo.write_bytes(jpeg(5, "Blue"))
+    assert xmp.read_ratings([str(photo)])[0] == {str(photo): 5}
 
 
 def test_a_label_inside_of_the_photo_or_in_the_other_sidecar_is_a_persons(tmp_path: Path) -> None:

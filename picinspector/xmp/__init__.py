@@ -40,7 +40,7 @@ _BESIDE = RAW_SUFFIXES | {".xmp"}
 
 
 class Found(NamedTuple):
-    """What XMP says of a photo: `find_rating` and `find_label`."""
+    """What a person said of a photo: `find_persons_rating` and `find_persons_label`."""
 
     rating: float | None
     label: str | None
@@ -121,10 +121,12 @@ def read_ratings(uris: Sequence[str], options: Mapping[str, Any] | None = None) 
         raise error
     beside = {uri: beside_photo(uri, sidecars) for uri in uris}
     wanted = sorted({path for paths in beside.values() for path in paths})
-    of_sidecar = {
-        path: None if isinstance(data, PhotoError) else find_persons_rating(data)
+    # What cannot be read says nothing.
+    contents = {
+        path: b"" if isinstance(data, PhotoError) else data
         for path, data in zip(wanted, fetch(wanted, options), strict=True)
     }
+    of_sidecar = {path: find_persons_rating(data) for path, data in contents.items()}
     ratings, unreadable = {}, 0
     inside = []
     for uri, paths in beside.items():
@@ -136,21 +138,26 @@ def read_ratings(uris: Sequence[str], options: Mapping[str, Any] | None = None) 
     for uri, found in read_embedded(inside, options).items():
         if isinstance(found, PhotoError):
             unreadable += 1
-        elif found.rating:
+        # A program may have copied ours from the sidecar into the photo.
+        elif found.rating and found.rating not in {find_written_rating(contents[path]) for path in beside[uri]}:
             ratings[uri] = found.rating
     return ratings, unreadable
 
 
 def read_embedded(uris: Sequence[str], options: Mapping[str, Any] | None = None) -> dict[str, Found | PhotoError]:
-    """uri -> what is said inside of a photo, or why it could not be read."""
+    """uri -> what a person said inside of a photo, or why it could not be read."""
     found: dict[str, Found | PhotoError] = {}
     for of_jpegs, at_once, max_bytes in _READS:
         photos = [uri for uri in uris if uri.lower().endswith(_JPEG) == of_jpegs]
         for start in range(0, len(photos), at_once):
             batch = photos[start : start + at_once]
             for uri, data in zip(batch, fetch(batch, options, max_bytes), strict=True):
-                found[uri] = data if isinstance(data, PhotoError) else Found(find_rating(data), find_label(data))
+                found[uri] = data if isinstance(data, PhotoError) else _of_person(data)
     return found
+
+
+def _of_person(data: bytes) -> Found:
+    return Found(find_persons_rating(data), find_persons_label(data))
 
 
 def list_sidecars(
