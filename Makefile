@@ -16,7 +16,7 @@ EXIF_PACKAGES := libimage-exiftool-perl
 # What they look at the report with.
 BROWSER_PACKAGES := chromium
 
-.PHONY: demo test lint bench bench-quick wheel clean
+.PHONY: demo test lint bench bench-quick wheel docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed-demo
@@ -46,9 +46,13 @@ bench-quick: .venv/installed-all
 wheel: .venv/installed-demo
 	@rm -rf dist && $(PIP) wheel -q --no-deps -w dist . && cp constraints.txt dist/ && ls dist
 
+# The documentation, as pages: docs/_build/html/index.html. Fails where a link within it is broken.
+docs: .venv/installed-all
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html && echo docs/_build/html/index.html
+
 # Everything made here but the environment itself (rm -rf .venv for that).
 clean:
-	rm -rf build dist demo out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/pyvenv.cfg:
