@@ -193,7 +193,7 @@ def test_fuzzed_uploads(client: httpx2.Client, seed: int, kind: str) -> None:
 def test_a_photo_that_kills_its_decoder_takes_nothing_along(tiny: Path) -> None:
     replica = Replica(
         bundle=str(tiny), fingerprints={}, limits=HAZARDS, captions=False, threads=1, decoders=1, batch_size=4,
-        timeout_s=1.0,
+        timeout_s=3.0,
     )  # fmt: skip
     for act in ("segfault", "spin"):
         seen = replica._decode(poison(act), "a.png")

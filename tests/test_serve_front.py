@@ -9,6 +9,7 @@ import http.server
 import json
 import logging
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -241,6 +242,16 @@ def test_a_photo_that_is_too_large(client: httpx2.Client, service: tuple[httpx2.
     batch = [("photo", b"x"), ("photo", large)]
     assert problem(client.post("/v1/score/batch", files=batch)) == (413, "too_many_bytes")
     assert len(service[1].seen) == 1
+
+
+def test_no_photo_goes_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starlette would put uploads of more than a megabyte into a temporary file."""
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", lambda _: pytest.fail("it went to disk"))
+    large = b"x" * 3_000_000
+    with served(replace(RULES, limits=Limits(max_bytes=4_000_000))) as (client, replicas):
+        assert upload(client, large).status_code == 200
+        assert client.post("/v1/score/batch", files=[("photo", large)] * 3).status_code == 200
+        assert [data for data, _ in replicas.seen] == [large] * 4
 
 
 class Raw:

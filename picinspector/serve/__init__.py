@@ -91,11 +91,7 @@ def run(settings: Settings, on_ready: Callable[[str], None]) -> None:
             f"--host {settings.host} is reached from other machines, and there is no token: set PICINSPECTOR_TOKEN, "
             "give --token-file, or say --allow-public-without-token"
         )
-    bundle = open_bundle(settings.bundle)
-    for piece in bundle.pieces:  # damage is told here, and not by a replica
-        bundle.piece(piece)
-    if settings.captions and not bundle.has("captioner"):
-        raise UsageError(f"bundle {bundle.name} has no captioner; leave out --captions all")
+    bundle = _open(settings)
     with contextlib.closing(_bind(settings.host, settings.port)) as listener:
         # Ray starts its workers with the least of priorities, which on a busy machine turns 0.1 s into seconds.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -108,9 +104,19 @@ def run(settings: Settings, on_ready: Callable[[str], None]) -> None:
             on_ready(f"http://{host}:{port}")
             _answer(app, listener, settings.rules.timeout_s)
         finally:
-            with contextlib.suppress(RayError):
-                serve.delete(settings.name)
+            if _on_a_cluster(settings):  # a Ray of our own ends with us
+                with contextlib.suppress(RayError):
+                    serve.delete(settings.name)
             ray.shutdown()
+
+
+def _open(settings: Settings) -> Bundle:
+    bundle = open_bundle(settings.bundle)
+    for piece in bundle.pieces:  # damage is told here, and not by a replica
+        bundle.piece(piece)
+    if settings.captions and not bundle.has("captioner"):
+        raise UsageError(f"bundle {bundle.name} has no captioner; leave out --captions all")
+    return bundle
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -128,45 +134,72 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _deploy(settings: Settings, bundle: Bundle) -> Any:
-    """The handle of the replicas, once there is one."""
-    pools = runs.size_pools(1, None, settings.gpus, None)
-    batch = pools.batch_size if pools.gpus else _CPU_BATCH
-    decoders = max(1, int(ray.cluster_resources().get("CPU", 1) // pools.encoders) - 1) if pools.gpus else pools.cpus
+    """The handle of the replicas, once there are as many as shall be at least."""
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # what fails is raised as well
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+    try:
+        handle = serve.run(
+            _bind_replicas(settings, bundle), name=settings.name, route_prefix=None, logging_config=quiet
+        )
+    except RuntimeError as error:
+        raise PicInspectorError(f"the replicas do not start: {str(error).strip().splitlines()[-1]}") from error
+    return _by_message(handle)
+
+
+def _by_message(handle: Any) -> Any:
+    return handle.options(method_name="judge", _by_reference=False)
+
+
+def _bind_replicas(settings: Settings, bundle: Bundle) -> Any:
+    """The replicas as the cluster can have them: a Ray Serve application."""
+    pools, cluster = runs.size_pools(1, None, settings.gpus, None), ray.cluster_resources()
     low, high = settings.replicas or (1, pools.encoders)
+    cpus, all_cpus = pools.cpus, int(cluster.get("CPU", 1))
+    if pools.gpus:
+        decoders, fitting = max(1, all_cpus // high - 1), int(cluster.get("GPU", 0) / pools.gpus)
+    else:
+        decoders = cpus = max(1, min(cpus, all_cpus // high))
+        fitting = all_cpus // cpus
+    if low > fitting and not _on_a_cluster(settings):  # which could grow
+        raise UsageError(
+            f"{low} replicas do not fit this machine, {fitting} do; lower --replicas or --gpus-per-replica"
+        )
+    batch = pools.batch_size if pools.gpus else _CPU_BATCH
     fingerprints = {"encoder": bundle.encoder_fingerprint, "scorer": bundle.scorer_fingerprint}
-    arguments = {
-        "bundle": settings.bundle,
-        "fingerprints": fingerprints | ({"caption": bundle.caption_fingerprint} if settings.captions else {}),
-        "limits": settings.rules.limits,
-        "captions": settings.captions,
-        "threads": None if pools.gpus else pools.cpus,
-        "decoders": decoders,
-        "batch_size": batch,
-        "timeout_s": settings.rules.timeout_s,
-    }
     deployment = serve.deployment(
         Replica,
         name=_DEPLOYMENT,
-        ray_actor_options={"num_cpus": pools.cpus, "num_gpus": pools.gpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": pools.gpus},
         max_ongoing_requests=2 * batch,  # one batch with the models, one with the decoders
         max_queued_requests=settings.queue,
         autoscaling_config={"min_replicas": low, "max_replicas": high, "target_ongoing_requests": batch},
         graceful_shutdown_timeout_s=settings.rules.timeout_s,
     )
-    quiet = {"log_level": "ERROR", "enable_access_log": False}
-    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # what fails is raised as well
-    serve.start(proxy_location="Disabled", logging_config=quiet)
-    try:
-        handle = serve.run(deployment.bind(**arguments), name=settings.name, route_prefix=None, logging_config=quiet)
-    except RuntimeError as error:
-        raise PicInspectorError(f"the replicas do not start: {str(error).strip().splitlines()[-1]}") from error
-    return handle.options(method_name="judge", _by_reference=False)
+    return deployment.bind(
+        bundle=settings.bundle,
+        fingerprints=fingerprints | ({"caption": bundle.caption_fingerprint} if settings.captions else {}),
+        limits=settings.rules.limits,
+        captions=settings.captions,
+        threads=None if pools.gpus else cpus,
+        decoders=decoders,
+        batch_size=batch,
+        timeout_s=settings.rules.timeout_s,
+    )
+
+
+def _on_a_cluster(settings: Settings) -> bool:
+    return bool(settings.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _judge(handle: Any) -> Judge:
     async def judge(data: bytes, name: str) -> dict[str, Any]:
+        response = handle.remote(data, name)
         try:
-            row: dict[str, Any] = await handle.remote(data, name)
+            row: dict[str, Any] = await response
+        except asyncio.CancelledError:  # nobody waits for it any more
+            response.cancel()
+            raise
         except BackPressureError:
             raise busy("too many photos are waiting; come again") from None
         except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:

@@ -36,7 +36,6 @@ _RETRY_AFTER_S = 2
 _OPEN = frozenset({"/", "/v1/health", "/v1/ready"})
 _PATHS = _OPEN | {"/v1/score", "/v1/score/batch", "/v1/models", "/metrics", "/openapi.json"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -115,7 +114,7 @@ def is_loopback(host: str) -> bool:
     if host.lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -186,8 +185,7 @@ class Gate:
 
     def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
-        if self._rules.local_only and not {host.lower(), headers.get("host", "").lower()} & _LOCAL_NAMES:
+        if self._rules.local_only and not is_loopback(_without_port(headers.get("host", ""))):
             raise RequestError(421, "misdirected", "this service answers to localhost only", {"connection": "close"})
         if self._token is not None and scope["path"] not in _OPEN:
             scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -248,6 +246,10 @@ class _Body:
             raise too_large("the request", self._limit_bytes)
         self._gate._hold(count)
         return message
+
+
+def _without_port(host: str) -> str:
+    return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
 
 
 def _where(error: BaseException) -> str:

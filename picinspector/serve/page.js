@@ -47,7 +47,7 @@
     find("result-title").textContent = name;
     find("quality").textContent = photo.quality_score.toFixed(2);
     find("interval").textContent = photo.quality_low === null ? "No interval: no scorer was trained for this bundle."
-      : `Likely ${photo.quality_low.toFixed(1)} to ${photo.quality_high.toFixed(1)}: nine of ten photos like it are within.`;
+      : `Likely ${photo.quality_low.toFixed(1)} to ${photo.quality_high.toFixed(1)}`;
     const probability = Math.round(100 * photo["scene_" + photo.scene]);
     find("scene").textContent = `Scene: ${photo.scene.replaceAll("_", " ")} (${probability} %)`;
     find("caption").textContent = photo.caption || "";
