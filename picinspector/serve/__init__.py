@@ -103,6 +103,7 @@ def run(settings: Settings, on_ready: Callable[[str], None]) -> None:
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             on_ready(f"http://{host}:{port}")
             _answer(app, listener, settings.rules.timeout_s)
+            handle.shutdown()  # else its router, asking on, would start a Ray anew
         finally:
             if _on_a_cluster(settings):  # a Ray of our own ends with us
                 with contextlib.suppress(RayError):
