@@ -89,6 +89,14 @@ def served(
             listener.close()
 
 
+@pytest.fixture(autouse=True)
+def _logger_as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that other tests ran in this one have set it up to write to a stderr that is gone."""
+    logger = logging.getLogger("picinspector")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[tuple[httpx2.Client, Replicas]]:
     with served() as started:
