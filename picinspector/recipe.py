@@ -280,12 +280,29 @@ def fit(
     return fit_with(train, labels, recipe, weights, held_out)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A LightGBM training that is under way.
+
+    Attributes:
+        model: the trees so far, as LightGBM's text.
+        rounds: how many rounds made them.
+        losses: on the validation rows after each, where it stops early; less is better.
+    """
+
+    model: str
+    rounds: int
+    losses: Sequence[float]
+
+
 def boost(
     matrix: np.ndarray,
     rows: Rows,
     recipe: Recipe,
     validation: tuple[np.ndarray, np.ndarray] | None,
     params: Mapping[str, Any] | None = None,
+    begun: Begun | None = None,
+    after_round: Callable[[Callable[[], Begun], int], None] | None = None,
 ) -> lightgbm.Booster:
     """One LightGBM training on rows that are prepared.
 
@@ -295,8 +312,13 @@ def boost(
         recipe: rounds, patience, parameters, seed.
         validation: (M, F) and labels (M,) in the labels' scale; watched where the recipe stops early.
         params: go before the recipe's: threads, network.
+        begun: go on from there. The bags of the rounds to come are drawn from another seed, so the model is as good
+            as one trained in one piece, but not the same.
+        after_round: called with what makes a `Begun` and the rounds that are done.
     """
     order, all_params = rows.order, {**recipe.lightgbm_params, **(params or {})}
+    if begun is not None:  # the seed's own bags are those of the first rounds
+        all_params["seed"] = recipe.seed + 1_000_003 * begun.rounds
     data = lightgbm.Dataset(matrix[order], rows.target[order], weight=rows.weight[order], params=all_params)
     watched: dict[str, Any] = {}
     if validation is not None and recipe.early_stopping:
@@ -304,8 +326,29 @@ def boost(
         if recipe.scale_labels:
             truth = (truth - rows.label_min) / (rows.label_max - rows.label_min)
         watched["valid_sets"] = [lightgbm.Dataset(validation[0], truth, reference=data)]
-        watched["callbacks"] = [lightgbm.early_stopping(recipe.patience, verbose=False)]
-    return lightgbm.train(all_params, data, recipe.rounds, **watched)
+    measured: dict[str, Any] = {}
+    losses: list[float] = list(begun.losses) if begun is not None else []
+
+    def watch(env: Any) -> None:
+        for metrics in measured.values():  # of one dataset, if any
+            losses.append(next(iter(metrics.values()))[-1])
+        done = env.iteration + 1
+        if after_round is not None:
+            after_round(lambda: Begun(env.model.model_to_string(num_iteration=-1), done, tuple(losses)), done)
+        # LightGBM's own early stopping forgets what it saw before a training was interrupted.
+        best = int(np.argmin(losses)) if measured else done
+        if measured and (env.iteration - best >= recipe.patience or done == env.end_iteration):
+            raise lightgbm.EarlyStopException(best, env.evaluation_result_list)
+
+    watch.order = 30  # type: ignore[attr-defined]  # after what it looks at
+    return lightgbm.train(
+        all_params,
+        data,
+        recipe.rounds - (begun.rounds if begun is not None else 0),
+        init_model=lightgbm.Booster(model_str=begun.model) if begun is not None else None,
+        callbacks=[lightgbm.record_evaluation(measured), watch],
+        **watched,
+    )
 
 
 def out_of_fold(

@@ -307,6 +307,6 @@ def test_a_row_whose_first_cell_is_empty_is_a_row(tmp_path: Path) -> None:
 
 
 def test_uris_are_those_of_a_manifest(tmp_path: Path) -> None:
-    assert absolute_uri("../p/a.jpg", tmp_path / "labels") == str(tmp_path / "p" / "a.jpg")
-    assert absolute_uri(f"file://{tmp_path}/a.jpg", tmp_path / "x") == f"{tmp_path}/a.jpg"
-    assert absolute_uri("s3://bucket/a.jpg", tmp_path) == "s3://bucket/a.jpg"
+    assert absolute_uri("../p/a.jpg", tmp_path / "labels" / "l.csv") == str(tmp_path / "p" / "a.jpg")
+    assert absolute_uri(f"file://{tmp_path}/a.jpg", tmp_path / "x.csv") == f"{tmp_path}/a.jpg"
+    assert absolute_uri("s3://bucket/a.jpg", tmp_path / "x.csv") == "s3://bucket/a.jpg"

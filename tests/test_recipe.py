@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from picinspector.conformal import Intervals, calibrate
 from picinspector.metrics import agreement
-from picinspector.recipe import STEPS, Recipe, fit, out_of_fold, prepare, sampling_factors, split_folds
+from picinspector.recipe import STEPS, Begun, Recipe, boost, fit, out_of_fold, prepare, sampling_factors, split_folds
 
 PLAIN = Recipe().without(*STEPS)
 SMALL = {"num_leaves": 7, "learning_rate": 0.1, "min_data_in_leaf": 10, "num_threads": 1}
@@ -169,3 +171,28 @@ def test_intervals_survive_json() -> None:
     assert found.to_json()["low"][0] is None
     with pytest.raises(ValueError, match="2 lows"):
         Intervals.from_json(found.to_json() | {"low": [0, 0]})
+
+
+def test_a_training_that_was_interrupted_goes_on() -> None:
+    """Without bags both parts draw nothing, so the model is that of one piece, and it stops in the same round."""
+    rng = np.random.default_rng(0)
+    matrix, truth = rng.normal(size=(400, 6)), rng.normal(size=400)
+    labels = np.clip(50 + 15 * matrix[:, 0] + 15 * truth, 0, 100)
+    recipe = Recipe(rounds=200, patience=15, params={**SMALL, "feature_fraction": 1.0, "bagging_fraction": 1.0})
+    rows, validation = prepare(labels[:300], recipe), (matrix[300:], labels[300:])
+    states: dict[int, Begun] = {}
+
+    def keep(state: Callable[[], Begun], rounds: int) -> None:
+        states[rounds] = state()
+
+    whole = boost(matrix[:300], rows, recipe, validation, after_round=keep)
+    assert 10 < whole.best_iteration < 170, "it stopped early"
+    for rounds in (10, whole.best_iteration + 5):
+        on = boost(matrix[:300], rows, recipe, validation, begun=states[rounds])
+        assert on.best_iteration == whole.best_iteration
+        assert np.asarray(on.predict(matrix)) == pytest.approx(np.asarray(whole.predict(matrix)), abs=1e-6)
+        assert on.num_trees() == whole.num_trees()
+
+    steady = recipe.without("early_stopping")
+    half = boost(matrix[:300], rows, steady, validation, begun=states[10])
+    assert half.num_trees() == 200

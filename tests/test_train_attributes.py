@@ -21,9 +21,12 @@ from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.tables import Destination
 from tests.bundles import TINY_DINOV2, write_dinov2
+from tests.s3_server import S3Server
 from training import attribute_data as data
-from training.attribute_loop import MODEL, Network
+from training.attribute_loop import Network
 from training.attribute_report import figures_of, scene_agreement
+from training.checkpoints import MODEL
+from training.folders import Folder
 from training.train_attributes import Settings, _plan, _write_pieces, main, parse, train
 
 NAN = math.nan
@@ -214,8 +217,10 @@ def test_splits_are_made_by_content(tmp_path: Path) -> None:
     )
 
 
-def test_two_workers_train_a_head_and_resume(local_ray: None, quick_end: None, tmp_path: Path) -> None:
-    """What a training writes and has learnt; one that was stopped and went on has the same figures."""
+def test_two_workers_train_a_head_and_resume(
+    local_ray: None, quick_end: None, tmp_path: Path, s3_server: S3Server
+) -> None:
+    """What a training writes and has learnt; one in a bucket that was stopped and went on has the same figures."""
     settings = dataclasses.replace(toy(tmp_path), workers=2)
     metrics = train(settings)
     assert metrics is not None
@@ -241,15 +246,20 @@ def test_two_workers_train_a_head_and_resume(local_ray: None, quick_end: None, t
     assert images == {"history.png", "scene_confusion.png", *(f"scatter_{name}.png" for name in ATTRIBUTES)}
     assert f"| test | noisiness | {test['attributes']['noisiness']['photos']} |" in (out / "card.md").read_text()
 
-    stopped = dataclasses.replace(settings, out=tmp_path / "stopped")
-    assert train(stopped, stop_after_epoch=5) is None
-    assert len((stopped.out / "progress.jsonl").read_text().splitlines()) == 5
-    assert not (stopped.out / "metrics.json").exists()
+    bucket, options = s3_server.make_bucket(), s3_server.storage_options
+    s3_server.client().upload_file(str(settings.labels), bucket, "labels.parquet")
+    stopped = dataclasses.replace(settings, labels=f"s3://{bucket}/labels.parquet", out=f"s3://{bucket}/stopped")
+    there = Folder(stopped.out, options)
+    assert train(stopped, options, stop_after_epoch=5) is None
+    assert len((there.pull("progress.jsonl") / "progress.jsonl").read_text().splitlines()) == 5
+    assert not there.has("metrics.json")
     with pytest.raises(UsageError, match=r"holds a training with another epochs \(12, now 13\): repeat its command"):
-        train(dataclasses.replace(stopped, epochs=13))
-    resumed = train(stopped)
+        train(dataclasses.replace(stopped, epochs=13), options)
+    resumed = train(stopped, options)
     assert resumed is not None
-    assert len((stopped.out / "progress.jsonl").read_text().splitlines()) == 12, "no epoch was done twice"
+    assert len((there.pull() / "progress.jsonl").read_text().splitlines()) == 12, "no epoch was done twice"
+    assert {path.name for path in there.here.glob("*.png")} == images
+    assert AttributeHead(there.here / "attributes").features == settings.features
     assert [line["validation_loss"] for line in resumed["history"]] == pytest.approx(losses, abs=1e-6)
     assert figures(resumed) == figures(metrics)
 
@@ -262,8 +272,11 @@ def figures(metrics: dict[str, Any]) -> str:
 # --- photos -----------------------------------------------------------------------------------------------------------
 
 
-def test_dinov2_is_fine_tuned_from_photos(local_ray: None, quick_end: None, tmp_path: Path) -> None:
-    """Brightness of plain photos, which a frozen random backbone hardly tells: end to end, and the pieces load."""
+def test_dinov2_is_fine_tuned_from_photos(
+    local_ray: None, quick_end: None, tmp_path: Path, s3_server: S3Server
+) -> None:
+    """Brightness of plain photos, which a frozen random backbone hardly tells: to a bucket, and the pieces load."""
+    options = s3_server.storage_options
     write_dinov2(tmp_path / "backbone", TINY_DINOV2, resize_px=64, crop_px=56)
     rng, rows = np.random.default_rng(0), []
     for number in range(60):
@@ -275,7 +288,7 @@ def test_dinov2_is_fine_tuned_from_photos(local_ray: None, quick_end: None, tmp_
     labels = write_csv(tmp_path / "labels.csv", "uri,brightness,split", *rows, "broken.png,50,train")
     settings = Settings(
         labels=labels,
-        out=tmp_path / "out",
+        out=f"s3://{s3_server.make_bucket()}/out",
         bundle=str(tmp_path / "backbone"),
         finetune_blocks=1,
         features=("dinov2_embedding", "measured_contrast"),
@@ -286,23 +299,25 @@ def test_dinov2_is_fine_tuned_from_photos(local_ray: None, quick_end: None, tmp_
         backbone_lr=1e-3,
         bootstrap=20,
     )
-    metrics = train(settings)
+    metrics = train(settings, options)
     assert metrics is not None
+    folder = Folder(settings.out, options)
+    out = folder.pull()
     assert metrics["photos"] == {"train": 30, "validation": 15, "test": 15, "left_out": 1}
     assert len(metrics["history"]) == 6
     assert metrics["splits"]["test"]["attributes"]["brightness"]["srcc"] > 0.8
     assert "scene" not in metrics["splits"]["test"]
-    assert str(tmp_path) not in (settings.out / "metrics.json").read_text() + (settings.out / "card.md").read_text()
+    assert str(tmp_path) not in (out / "metrics.json").read_text() + (out / "card.md").read_text()
 
-    before, after = (_tensors(folder) for folder in (tmp_path / "backbone", settings.out / "dinov2"))
+    before, after = (_tensors(folder) for folder in (tmp_path / "backbone", out / "dinov2"))
     changed = {name for name in before if not np.allclose(before[name], after[name], atol=1e-3)}
     assert changed and all(name.startswith(("encoder.layer.1.", "layernorm.")) for name in changed)
     assert {value.dtype for value in after.values()} == {np.dtype(np.float16)}
-    encoder = Dinov2Encoder(settings.out / "dinov2")
+    encoder = Dinov2Encoder(out / "dinov2")
     assert encoder.crop.crop_px == 56
     embedding = encoder.encode(np.zeros((2, 56, 56, 3), np.uint8))
     columns = {"dinov2_embedding": embedding, "measured_contrast": np.zeros(2, np.float32)}
-    attributes, _ = AttributeHead(settings.out / "attributes").predict(columns)
+    attributes, _ = AttributeHead(out / "attributes").predict(columns)
     assert attributes[0, 1] < 35, "a black photo is badly exposed"
 
 
@@ -316,7 +331,7 @@ def test_a_fine_tuned_model_is_written_under_the_published_names(tmp_path: Path)
     """transformers names tensors otherwise inside than in its files; another version reads the files only."""
     write_dinov2(tmp_path / "backbone", TINY_DINOV2, resize_px=64, crop_px=56)
     settings = Settings(labels=tmp_path, out=tmp_path, bundle="b", finetune_blocks=1, features=("dinov2_embedding",))
-    plan = _plan(settings, tmp_path / "backbone", np.empty((5, 0), np.float32), tmp_path, None)
+    plan = _plan(settings, tmp_path / "backbone", np.empty((5, 0), np.float32), Folder(tmp_path), None)
     network = Network(plan)
     learning = {name for name, value in network.named_parameters() if value.requires_grad}
     save_torch({name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / MODEL)
@@ -379,7 +394,7 @@ def test_the_command_says_errors_in_one_line(
 
 def test_options_have_the_names_and_defaults_of_settings() -> None:
     settings, _ = parse(["--labels", "l.csv", "--out", "o", "--embeddings", "e"])
-    assert settings == Settings(labels=Path("l.csv"), out=Path("o"), embeddings="e")
+    assert settings == Settings(labels="l.csv", out="o", embeddings="e")
     line = "--labels=l --out=o --bundle=b --finetune-blocks=2 --lr=0.5 --mos-scale 1 5 --features dinov2_embedding"
     settings, args = parse([*line.split(), "--stop-after-epoch=3"])
     assert (settings.mos_scale, settings.lr, settings.features) == ((1.0, 5.0), 0.5, ("dinov2_embedding",))

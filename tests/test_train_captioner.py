@@ -18,12 +18,14 @@ from picinspector.captioner import Captioner, load_captioner
 from picinspector.errors import UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.wording import Facts, compose
+from tests.s3_server import S3Server
 from training import captioner_model
 from training.caption_data import fill, from_texts
 from training.caption_report import baselines, text_figures
 from training.captioner_loop import Captions, _batch, _mirror
 from training.captioner_model import PREPROCESS, SPECIAL_TOKENS
 from training.datasets import LabelledPhoto
+from training.folders import Folder
 from training.ladders import png
 from training.train_captioner import Settings, train
 
@@ -72,8 +74,9 @@ def toy(tmp_path: Path, **changes: object) -> Settings:
 
 
 def test_a_small_one_is_trained_and_one_that_was_stopped_ends_the_same(
-    local_ray: None, quick_end: None, begun: None, tmp_path: Path
+    local_ray: None, quick_end: None, begun: None, tmp_path: Path, s3_server: S3Server
 ) -> None:
+    """The first here, the other from and to a bucket."""
     make_data(tmp_path / "data")
     metrics = train(toy(tmp_path))
     assert metrics is not None
@@ -86,14 +89,21 @@ def test_a_small_one_is_trained_and_one_that_was_stopped_ends_the_same(
     assert {"card.md", "metrics.json", "loss.png", "captioner"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert len(Captioner(tmp_path / "out" / "captioner").caption(np.zeros((2, 224, 224, 3), np.uint8))) == 2
 
-    stopped = toy(tmp_path, out=tmp_path / "stopped")
-    assert train(stopped, stop_after_step=2) is None
-    resumed = train(stopped)
+    bucket, options = f"s3://{s3_server.make_bucket()}", s3_server.storage_options
+    for name in ("facts.parquet", "crops.npy"):
+        s3_server.client().upload_file(str(tmp_path / "data" / name), bucket.removeprefix("s3://"), f"data/{name}")
+    stopped = toy(tmp_path, data=f"{bucket}/data", out=f"{bucket}/stopped")
+    assert train(stopped, options, stop_after_step=2) is None
+    resumed = train(stopped, options)
     assert resumed is not None
+    out = Folder(stopped.out, options)
+    there = out.pull("captioner", "progress.jsonl")
+    assert len(Captioner(there / "captioner").caption(np.zeros((1, 224, 224, 3), np.uint8))) == 1
+    assert len((there / "progress.jsonl").read_text().splitlines()) == 2
     for ours, theirs in zip(resumed["history"], metrics["history"], strict=True):
         assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)
     with pytest.raises(UsageError, match="another steps"):
-        train(dataclasses.replace(stopped, steps=8))
+        train(dataclasses.replace(stopped, steps=8), options)
 
 
 def test_lora_learns_a_person_s_own_words(

@@ -16,7 +16,9 @@ from picinspector.errors import UsageError
 from picinspector.metrics import agreement
 from picinspector.recipe import prepare
 from picinspector.scorer import Scorer
+from tests.s3_server import S3Server
 from training import train_scorer
+from training.folders import Folder
 from training.scorer_data import Labelled, load
 from training.scorer_workers import Workers
 
@@ -75,16 +77,16 @@ def test_each_photo_meets_its_own_label(data: Labelled) -> None:
     assert shares == pytest.approx({"train": 0.7, "validation": 1 / 15, "calibration": 1 / 30, "test": 0.2}, abs=0.005)
 
 
-def test_several_workers_train_one_model(data: Labelled) -> None:
+def test_several_workers_train_one_model(data: Labelled, tmp_path: Path, s3_server: S3Server) -> None:
     """Two processes that each hold half of the photos: twice the same, and as good as one process."""
     recipe = train_scorer.recipe_of(arguments(Path(), Path(), "--rounds", "40"))
     rows = prepare(data.labels[data.rows("train")], recipe)
-    workers = Workers(data, 2, 1, None)
-    first, second = (workers.boost(("train",), rows, recipe) for _ in range(2))
+    bucket = Folder(f"s3://{s3_server.make_bucket()}/out", s3_server.storage_options)
+    first, second = (Workers(data, 2, 1, out, 15).boost(("train",), rows, recipe) for out in (Folder(tmp_path), bucket))
     assert first.model_to_string() == second.model_to_string()
     truth = data.labels[data.rows("test")]
     found = agreement(np.asarray(first.predict(data.matrix("test"))), truth)["plcc"]
-    alone = Workers(data, 0, 1, None).boost(("train",), rows, recipe)
+    alone = Workers(data, 0, 1, Folder(tmp_path)).boost(("train",), rows, recipe)
     assert found > 0.9 and found == pytest.approx(
         agreement(np.asarray(alone.predict(data.matrix("test"))), truth)["plcc"], abs=0.02
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,38 +63,46 @@ class Targets:
         )
 
 
-def read_targets(path: Path, mos_scale: tuple[float, float] = (0.0, 100.0)) -> Targets:
+def read_targets(
+    path: str | os.PathLike[str],
+    mos_scale: tuple[float, float] = (0.0, 100.0),
+    options: Mapping[str, Any] | None = None,
+) -> Targets:
     """Read a CSV, Parquet or Excel table of `uri` and any of the attributes, `scene` or `scene_*`, `split`, `group`.
 
     Cells may be empty: a photo may have only a scene, or only some attributes. A relative `uri` starts at the table's
     folder. Where a row has both, its `scene_*` shares win over its `scene`.
 
     Args:
+        path: of the table; a URL where it is in object storage.
         mos_scale: the worst and the best `mos`; brought to 0-100. The other attributes are on 0-100.
+        options: fsspec options.
 
     Raises:
         UsageError: a column is missing or a value is out of range; the message names file, column and row.
     """
-    table = Sheet(path)
+    table = Sheet(path, options)
     rated = [name for name in ATTRIBUTES if name in table.columns]
     shares = [name for name in _SCENE_COLUMNS if name in table.columns]
     if not rated and not shares and "scene" not in table.columns:
-        raise UsageError(f"{path} has no column to learn from: expected any of {list(ATTRIBUTES)}, 'scene', 'scene_*'")
-    uris = [absolute_uri(uri, path.parent) for uri in table.texts("uri")]
+        raise UsageError(
+            f"{table.path} has no column to learn from: expected any of {list(ATTRIBUTES)}, 'scene', 'scene_*'"
+        )
+    uris = [absolute_uri(uri, path) for uri in table.texts("uri")]
     if len(set(uris)) < len(uris):
         double = next(uri for index, uri in enumerate(uris) if uri in uris[:index])
-        raise UsageError(f"{path}: column 'uri' has {double} twice; keep one row a photo")
+        raise UsageError(f"{table.path}: column 'uri' has {double} twice; keep one row a photo")
     attributes = np.full((len(uris), len(ATTRIBUTES)), np.nan)
     for name in rated:
         values = np.array(table.numbers(name, empty_ok=True))
         low, high = mos_scale if name == "mos" else (0.0, 100.0)
-        _check_range(path, name, values, low, high)
+        _check_range(table.path, name, values, low, high)
         attributes[:, ATTRIBUTES.index(name)] = 100.0 * (values - low) / (high - low)
     scenes = _read_scenes(table, shares)
     return Targets(uris, attributes, scenes, table.choices("split", SPLITS), table.choices("group"))
 
 
-def _check_range(path: Path, name: str, values: np.ndarray, low: float, high: float) -> None:
+def _check_range(path: str, name: str, values: np.ndarray, low: float, high: float) -> None:
     outside = np.flatnonzero((values < low) | (values > high))
     advice = "give its scale: --mos-scale WORST BEST" if name == "mos" else "bring it to 0-100"
     if len(outside):
@@ -283,13 +290,13 @@ def read_crops(batch: pa.Table, crop: CropSpec, options: StorageOptions) -> pa.T
     return pa.table({"row": batch.column("row"), **columns, "crop": crops})
 
 
-def read_facts(folder: Path, targets: Targets) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """What `read_embeddings` returns, of the crops that were cut into a folder: the columns are the measurements.
+def read_facts(crops: pa.dataset.Dataset, targets: Targets) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """What `read_embeddings` returns, of the crops that were cut: the columns are the measurements.
 
     Raises:
         UsageError: no photo could be read.
     """
-    table = pa.dataset.dataset(folder, format="parquet").to_table(columns=["row", "phash", "error_message", *MEASURED])
+    table = crops.to_table(columns=["row", "phash", "error_message", *MEASURED])
     good = table.filter(pc.is_null(table.column("error_message"))).sort_by("row")
     if not good.num_rows:
         failed = table.sort_by("row").slice(0, 1).to_pylist()[0]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,6 @@ import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Dinov2Model
 
@@ -22,8 +18,9 @@ from picinspector.device import pick_dtype, to_input
 from picinspector.preprocess import dinov2_preprocess
 from training.attribute_data import crop_pixels, vectors_of
 from training.attribute_head import AttributeHead, masked_losses
+from training.checkpoints import restore, save
+from training.folders import Folder
 
-MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
 #: Share of the steps in which the learning rates rise: shorter than torch's default of 0.3, as for ViTs.
 _RISING = 0.1
 
@@ -39,7 +36,7 @@ class Plan:
         batch_size: of all workers together.
         lr, backbone_lr: peaks of the head's and the backbone's learning rate.
         stop_after_epoch: end after this many of the epochs, as an interruption would.
-        progress: file that the first worker adds a line to after each epoch.
+        out: where the first worker keeps `progress.jsonl`, a line for each epoch.
     """
 
     input_mean: np.ndarray
@@ -56,7 +53,7 @@ class Plan:
     finetune_blocks: int = 0
     backbone_lr: float = 0.0
     stop_after_epoch: int | None = None
-    progress: str | None = None
+    out: Folder | None = None
 
 
 class Network(nn.Module):
@@ -124,8 +121,12 @@ class Shard:
         return len(self.inputs)
 
 
-def train_worker(config: dict[str, Plan]) -> None:
-    """Train by `config["plan"]`, with a checkpoint after each epoch; goes on from the run's newest checkpoint."""
+def train_worker(config: dict[str, Plan]) -> str | None:
+    """Train by `config["plan"]`, with a checkpoint after each epoch; goes on from the run's newest checkpoint.
+
+    Returns:
+        where it diverged, if it did.
+    """
     plan = config["plan"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -149,7 +150,7 @@ def train_worker(config: dict[str, Plan]) -> None:
     steps = plan.epochs * math.ceil(len(shard) / batch_size)
     peaks = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=_RISING)
-    history = _resume(network, optimizer, schedule, device)
+    history = restore(network.load_state_dict, optimizer, schedule, device)
 
     def forward(part: Shard, rows: torch.Tensor, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of some rows."""
@@ -180,7 +181,7 @@ def train_worker(config: dict[str, Plan]) -> None:
             schedule.step()
             sums += len(rows) * torch.stack([regression, scene]).detach().cpu()
         if not all(bool(value.isfinite().all()) for value in learning.values()):  # the same on all workers
-            raise FloatingPointError(f"weights that are not finite in epoch {epoch + 1}")
+            return f"weights that are not finite in epoch {epoch + 1}"
         train = (sums / len(shard)).tolist()
         line = {"epoch": epoch + 1, "train_attributes": train[0], "train_scene": train[1]}
         if validation is None:
@@ -191,7 +192,8 @@ def train_worker(config: dict[str, Plan]) -> None:
         line |= {"validation_attributes": regression, "validation_scene": scene}
         line["validation_loss"] = regression + plan.scene_share * scene
         history.append(line)
-        _report(network, optimizer, schedule, history, plan.progress)
+        save(network.state_dict(), optimizer, schedule, history, plan.out)
+    return None
 
 
 @torch.no_grad()
@@ -204,34 +206,3 @@ def _validate(forward: Any, part: Shard, batch_size: int) -> tuple[float, float]
         sums += counts * torch.stack(forward(part, rows, False)).cpu()
     regression, scene = (sums / torch.stack([count.sum() for count in known]).clamp_min(1)).tolist()
     return regression, scene
-
-
-def _report(
-    network: Network, optimizer: Any, schedule: Any, history: list[dict[str, float]], progress: str | None
-) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, folder / MODEL
-        )
-        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / OPTIMIZER)
-        (folder / PROGRESS).write_text(json.dumps(history), "utf-8")
-        ray.train.report(history[-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if progress is not None:
-        with Path(progress).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(history[-1]) + "\n")
-
-
-def _resume(network: Network, optimizer: Any, schedule: Any, device: torch.device) -> list[dict[str, float]]:
-    """Load the run's newest checkpoint, if there is one; the lines of its epochs."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as name:
-        folder = Path(name)
-        network.load_state_dict(load_file(folder / MODEL, device=str(device)))
-        state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
-        history: list[dict[str, float]] = json.loads((folder / PROGRESS).read_text("utf-8"))
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return history

@@ -148,7 +148,7 @@ def from_texts(path: Path, spec: CropSpec, out: Path, seed: int = 0) -> None:
         UsageError: a column is missing, a text is empty, or a photo cannot be read; the message names it.
     """
     table = _read_texts(path)
-    uris = [absolute_uri(uri, path.parent) for uri in table.column("uri").to_pylist()]
+    uris = [absolute_uri(uri, path) for uri in table.column("uri").to_pylist()]
     texts = [" ".join(text.split()) if isinstance(text, str) else "" for text in table.column("text").to_pylist()]
     if "" in texts:
         raise UsageError(f"{path}: no text for {uris[texts.index('')]}; write one or take the row out")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from picinspector.captioner import answer, load_captioner, prompt
@@ -23,8 +21,9 @@ from picinspector.preprocess import captioner_preprocess
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.wording import Facts, compose, tell
 from training.captioner_model import QUESTION, QUESTION_WITH_FACTS
+from training.checkpoints import restore, save
+from training.folders import Folder
 
-WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.pt", "progress.json"
 _RISING = 0.05
 _IGNORED = -100
 #: Weight of the scene in the reader's loss; a cross-entropy starts at 2, the rest at 0.4.
@@ -39,7 +38,7 @@ class Plan:
 
     Attributes:
         base: captioner folder to begin with.
-        data: folder of `training.caption_data`, which every node sees.
+        data: folder of `training.caption_data`.
         steps: optimiser steps.
         batch_size: of all workers together.
         lr, vision_lr: peaks for the decoder and connector, or LoRA matrices, and for the vision transformer; 0 freezes
@@ -54,11 +53,11 @@ class Plan:
         threads: of a worker on the CPU.
         checkpoint_steps: steps from one checkpoint, and validation, to the next.
         stop_after_step: end at the first checkpoint at or after this step, as an interruption would.
-        progress: file that the first worker adds a line to at each checkpoint.
+        out: where the first worker keeps `progress.jsonl`, a line for each checkpoint.
     """
 
-    base: str
-    data: str
+    base: Folder
+    data: Folder
     steps: int
     batch_size: int
     lr: float
@@ -73,7 +72,7 @@ class Plan:
     seed: int
     threads: int
     stop_after_step: int | None = None
-    progress: str | None = None
+    out: Folder | None = None
 
 
 class Captions:
@@ -190,18 +189,22 @@ class Learner(nn.Module):
         return loss + self.captioner(mm_encoder_outputs={"image": image}, **tokens).loss
 
 
-def train_worker(config: dict[str, Plan]) -> None:
-    """Train by `config["plan"]`; goes on from the run's newest checkpoint."""
+def train_worker(config: dict[str, Plan]) -> str | None:
+    """Train by `config["plan"]`; goes on from the run's newest checkpoint.
+
+    Returns:
+        where it diverged, if it did.
+    """
     plan = config["plan"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed)
-    base, tokenizer = load_captioner(Path(plan.base), torch.device("cpu"), torch.float32)
+    folder = plan.base.pull()
+    base, tokenizer = load_captioner(folder, torch.device("cpu"), torch.float32)
     network = learn(base, plan).to(device)
-    how = captioner_preprocess(plan.base)
-    data = Captions(plan.data)
+    how, data = captioner_preprocess(folder), Captions(plan.data.pull())
     learner = Learner(network, looks=not plan.lora_rank and all(fact is not None for fact in data.facts)).to(device)
     # Not every step uses every part: the first ones leave the decoder out.
     model = ray.train.torch.prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})
@@ -218,7 +221,7 @@ def train_worker(config: dict[str, Plan]) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peaks, total_steps=plan.steps, pct_start=_RISING, cycle_momentum=False
     )
-    history = _resume(learning, optimizer, schedule, device)
+    history = restore(lambda saved: load_weights(learning, saved), optimizer, schedule, device)
     dtype = pick_dtype(device)
 
     parts = 2 if how.crop.mode == "foveated" else 1
@@ -271,8 +274,8 @@ def train_worker(config: dict[str, Plan]) -> None:
         done = step + 1
         if done % plan.checkpoint_steps and done != plan.steps:
             continue
-        if not np.isfinite(losses).all():  # the losses of this worker; a gradient that is not finite reaches all
-            raise FloatingPointError(f"a loss that is not finite before step {done}")
+        if not all(bool(value.isfinite().all()) for value in learning.values()):  # the same on all workers
+            return f"weights that are not finite before step {done}"
         if rank:
             ray.train.report({})  # the first worker speaks for all
         else:
@@ -281,10 +284,11 @@ def train_worker(config: dict[str, Plan]) -> None:
             line["photos_per_s"] = photos / (time.monotonic() - started)
             line["validation_loss"] = _validate(validation_loss, validation, batch_size)
             history.append(line)
-            _report(learning, optimizer, schedule, history, plan.progress)
+            save(learning, optimizer, schedule, history, plan.out)
         losses = []
         if plan.stop_after_step is not None and done >= plan.stop_after_step:
-            return
+            break
+    return None
 
 
 def _mirror(pixels: torch.Tensor, parts: int) -> torch.Tensor:
@@ -324,41 +328,8 @@ def _batch(
     return {"input_ids": tokens, "labels": labels, "attention_mask": mask}
 
 
-def _report(
-    learning: dict[str, nn.Parameter], optimizer: Any, schedule: Any, history: list[dict[str, float]],
-    progress: str | None,
-) -> None:  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file({key: value.detach().cpu().contiguous() for key, value in learning.items()}, folder / WEIGHTS)
-        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / OPTIMIZER)
-        (folder / PROGRESS).write_text(json.dumps(history), "utf-8")
-        ray.train.report(history[-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if progress is not None:
-        with Path(progress).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(history[-1]) + "\n")
-
-
-def load_weights(learning: dict[str, nn.Parameter], path: Path, device: str) -> None:
+def load_weights(learning: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
     """Put a checkpoint's weights into what learns."""
-    saved = load_file(path, device=device)
     with torch.no_grad():
         for name, value in learning.items():
             value.copy_(saved[name])
-
-
-def _resume(
-    learning: dict[str, nn.Parameter], optimizer: Any, schedule: Any, device: torch.device
-) -> list[dict[str, float]]:
-    """Load the run's newest checkpoint, if there is one; the lines of its history."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as name:
-        folder = Path(name)
-        load_weights(learning, folder / WEIGHTS, str(device))
-        state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
-        history: list[dict[str, float]] = json.loads((folder / PROGRESS).read_text("utf-8"))
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return history

@@ -245,7 +245,7 @@ def read_labels(path: Path, allow_missing: bool = False) -> list[LabelledPhoto]:
         scenes = _present(shares, row) or ({scene[row]: 1.0} if scene[row] else {})
         photos.append(
             LabelledPhoto(
-                uri=absolute_uri(uri, path.parent),
+                uri=absolute_uri(uri, path),
                 mos=mos[row],
                 split=split[row],
                 attributes=_present(attributes, row),
@@ -259,11 +259,19 @@ def read_labels(path: Path, allow_missing: bool = False) -> list[LabelledPhoto]:
     return _without(gone, photos, allow_missing)
 
 
-def absolute_uri(uri: str, base: Path) -> str:
-    """The uri as manifests name it, so that labels and embeddings find each other; a relative path starts at `base`."""
+def absolute_uri(uri: str, table: str | os.PathLike[str]) -> str:
+    """The uri as manifests name it, so that labels and embeddings find each other.
+
+    A relative path starts at the folder, or the prefix, of the table that holds it.
+    """
     if not is_local(uri):
         return uri
-    return local_path(uri) if "://" in uri else os.path.abspath(base / uri)  # noqa: PTH100
+    if "://" in uri:
+        return local_path(uri)
+    base = os.path.dirname(os.fspath(table))  # noqa: PTH120
+    if is_local(base):
+        return os.path.abspath(os.path.join(base, uri))  # noqa: PTH100, PTH118
+    return uri if uri.startswith("/") else f"{base}/{uri}"
 
 
 #: What the command line can read.

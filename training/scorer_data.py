@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Labelled:
         weights: (N,) float64.
         split: (N,) train, validation, calibration or test.
         missing: labelled photos that have no embedding.
+        fingerprint: of all of that.
     """
 
     features: tuple[str, ...]
@@ -51,6 +52,7 @@ class Labelled:
     weights: np.ndarray
     split: np.ndarray
     missing: int
+    fingerprint: str
 
     def rows(self, *splits: str) -> np.ndarray:
         """Indices of the photos of these splits, ascending: int64."""
@@ -87,14 +89,15 @@ def load(
             embeddings have `phash`, by near-duplicates. A third of what is validation
             becomes calibration.
         features: columns of the embeddings; default `FEATURES`.
-        storage_options: fsspec options of the embeddings, as JSON.
+        storage_options: fsspec options of both, as JSON.
         seed: of the splits.
 
     Raises:
         UsageError: a file, column or value is missing or wrong; says which.
     """
-    table = _read_labels(Path(labels))
-    source = _open(embeddings, json.loads(storage_options) if storage_options else None)
+    options = json.loads(storage_options) if storage_options else None
+    table = _read_labels(labels, options)
+    source = _open(embeddings, options)
     chosen = tuple(features or FEATURES)
     if unknown := [name for name in ("uri", *chosen) if name not in source.columns]:
         raise UsageError(f"{embeddings} has no column {unknown[0]!r}; it has {source.columns}")
@@ -118,7 +121,7 @@ def load(
         .materialize()
     )
     batches = joined.iter_batches(batch_size=None, batch_format="pyarrow")
-    parts = [batch.select(["row", "phash"]) for batch in batches if batch.num_rows]
+    parts = [batch.select(["row", "phash", "digest"]) for batch in batches if batch.num_rows]
     if not parts:
         raise UsageError(f"{labels}: none of its {table.num_rows} photos is in {embeddings}; do the uris agree?")
     found = pa.concat_tables(parts).sort_by("row")
@@ -139,7 +142,15 @@ def load(
         _renumber, fn_kwargs={"place": ray.put(place)}, batch_size=None, batch_format="pyarrow"
     ).materialize()
     mos, weight = (matched.column(name).to_numpy() for name in ("mos", "weight"))
-    return Labelled(chosen, features_of, mos, weight, split, table.num_rows - len(rows))
+    told = [
+        repr(chosen).encode(),
+        *found.column("digest").to_pylist(),
+        mos.tobytes(),
+        weight.tobytes(),
+        split.tobytes(),
+    ]
+    fingerprint = hashlib.sha256(b"".join(told)).hexdigest()
+    return Labelled(chosen, features_of, mos, weight, split, table.num_rows - len(rows), fingerprint)
 
 
 def gather(batches: Any, rows: np.ndarray) -> np.ndarray:
@@ -158,9 +169,9 @@ def gather(batches: Any, rows: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _read_labels(path: Path) -> pa.Table:
-    sheet = Sheet(path)
-    uris = [absolute_uri(uri, path.absolute().parent) for uri in sheet.texts("uri")]
+def _read_labels(labels: str, options: dict[str, Any] | None) -> pa.Table:
+    sheet = Sheet(labels, options)
+    path, uris = sheet.path, [absolute_uri(uri, labels) for uri in sheet.texts("uri")]
     if len(set(uris)) != len(uris):
         twice = next(uri for uri, following in zip(sorted(uris), sorted(uris)[1:], strict=False) if uri == following)
         raise UsageError(f"{path}: {twice} is there twice; give each photo one label")
@@ -227,7 +238,7 @@ def _keys(rows: pa.Table) -> pa.ChunkedArray:
 
 
 def _join(rows: pa.Table, uris: ray.ObjectRef, latest: ray.ObjectRef | None, features: tuple[str, ...]) -> pa.Table:
-    """Rows of embeddings to `row` (index into the labels), `phash` and `features`; those without a label drop out."""
+    """Rows of embeddings to `row` (index into the labels), `phash`, `features` and their `digest`; others drop out."""
     if latest is not None:
         rows = rows.filter(pc.is_in(_keys(rows), value_set=ray.get(latest)))
     row = pc.index_in(rows.column("uri"), value_set=ray.get(uris))
@@ -242,6 +253,9 @@ def _join(rows: pa.Table, uris: ray.ObjectRef, latest: ray.ObjectRef | None, fea
             "row": row.cast(pa.int64()),
             "phash": phash,
             "features": pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1]),
+            "digest": pa.array(
+                [hashlib.blake2b(line.tobytes(), digest_size=8).digest() for line in matrix], pa.binary(8)
+            ),
         }
     )
 

@@ -13,6 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from picinspector.metrics import agreement
 from picinspector.recipe import PARAMS, Recipe, fit
+from training.folders import Folder
 from training.scorer_data import Labelled
 
 #: What is searched, around what LightGBM's guide says matters for accuracy and against over-fitting.
@@ -28,7 +29,7 @@ _CPUS_PER_TRIAL = 2
 
 
 def search(
-    data: Labelled, recipe: Recipe, trials: int, minutes: float | None, max_rows: int, storage: str | None
+    data: Labelled, recipe: Recipe, trials: int, minutes: float | None, max_rows: int, out: Folder
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe with the parameters that did best on validation rows, and all trials, best first.
 
@@ -41,7 +42,7 @@ def search(
         trials: how many.
         minutes: end after this long, whatever is done by then.
         max_rows: train rows of a trial at most, a seeded choice.
-        storage: where Ray Tune keeps its state.
+        out: Ray Tune keeps its state in `out/search`.
     """
     rows = data.rows("train")
     matrix = data.matrix("train")
@@ -66,7 +67,9 @@ def search(
             time_budget_s=minutes * 60 if minutes else None,
             max_concurrent_trials=_concurrent(),
         ),
-        run_config=tune.RunConfig(storage_path=storage, verbose=0),
+        run_config=tune.RunConfig(
+            **out.under("search").for_ray, verbose=0, failure_config=tune.FailureConfig(max_failures=2)
+        ),
     )
     results = tuner.fit()
     done = [

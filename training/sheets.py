@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from picinspector.errors import UsageError
+from picinspector.errors import PhotoError, UsageError
+from picinspector.storage import fetch, is_local, redact
 
 
 class Sheet:
     """A CSV, Excel or Parquet file by column name, rows whose first column is empty left out."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the whole file."""
-        if not path.is_file():
-            raise UsageError(f"{path} is missing")
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
+        """Read the whole file, from a folder or with fsspec options from object storage."""
+        self.path = redact(os.fspath(path))
         readers = {".xlsx": _read_xlsx, ".parquet": _read_parquet, ".csv": _read_csv}
-        if path.suffix.lower() not in readers:
-            raise UsageError(f"{path}: expected a .csv, .parquet or .xlsx file")
-        self.columns, self._rows = readers[path.suffix.lower()](path)
+        suffix = os.path.splitext(self.path)[1].lower()  # noqa: PTH122
+        content = read_whole(path, options)
+        if suffix not in readers:
+            raise UsageError(f"{self.path}: expected a .csv, .parquet or .xlsx file")
+        self.columns, self._rows = readers[suffix](self.path, content)
 
     def values(self, name: str) -> list[Any]:
         """One column as it is."""
@@ -74,23 +77,39 @@ class Sheet:
         return self._rows
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[Sequence[Any]]]:
+def read_whole(path: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> bytes:
+    """A file, from a folder or with fsspec options from object storage.
+
+    Raises:
+        UsageError: it is not there, or cannot be read.
+    """
+    if is_local(os.fspath(path)):
+        if not os.path.isfile(path):  # noqa: PTH113
+            raise UsageError(f"{os.fspath(path)} is missing")
+        return Path(path).read_bytes()
+    [content] = fetch([os.fspath(path)], options)
+    if isinstance(content, PhotoError):
+        raise UsageError(f"{redact(os.fspath(path))} cannot be read: {content.message}")
+    return content
+
+
+def _read_csv(path: str, content: bytes) -> tuple[list[str], list[Sequence[Any]]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = [row for row in csv.reader(lines) if any(cell.strip() for cell in row)]
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}); export it again") from error
     return _headed(path, rows)
 
 
-def _read_xlsx(path: Path) -> tuple[list[str], list[Sequence[Any]]]:
+def _read_xlsx(path: str, content: bytes) -> tuple[list[str], list[Sequence[Any]]]:
     from zipfile import BadZipFile
 
     from openpyxl import load_workbook
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
-        book = load_workbook(path, read_only=True, data_only=True)
+        book = load_workbook(io.BytesIO(content), read_only=True, data_only=True)
     except (BadZipFile, InvalidFileException, KeyError, OSError) as error:
         raise UsageError(f"{path} is not a readable Excel workbook ({error}); download it again") from error
     # SPAQ's EXIF workbook has processed tags on further sheets; the others have one sheet.
@@ -100,15 +119,15 @@ def _read_xlsx(path: Path) -> tuple[list[str], list[Sequence[Any]]]:
     return _headed(path, rows)
 
 
-def _read_parquet(path: Path) -> tuple[list[str], list[Sequence[Any]]]:
+def _read_parquet(path: str, content: bytes) -> tuple[list[str], list[Sequence[Any]]]:
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{path} is not a readable Parquet file ({error}); write it again") from error
     return table.column_names, list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
-def _headed(path: Path, rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[Sequence[Any]]]:
+def _headed(path: str, rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[Sequence[Any]]]:
     if len(rows) < 2:
         raise UsageError(f"{path} has no rows below its header")
     columns = [str(name).strip() if name is not None else "" for name in rows[0]]

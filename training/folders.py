@@ -1,0 +1,126 @@
+"""Folders that trainings read from and leave things in: of this machine, or prefixes of object storage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from picinspector.errors import StorageError
+from picinspector.storage import StorageOptions, is_local, is_storage_error, open_filesystem, redact, to_photo_error
+
+
+class Folder:
+    """A folder that every node of a cluster reaches, and where this process works on its files.
+
+    Of a folder of this machine both are the same. Of a prefix (`s3://...`) each object has a copy of its own, empty at
+    first and gone with it: `pull` fetches files into it, `push` sends them. Travels to Ray's workers, without the copy.
+
+    Attributes:
+        local: whether it is a folder of this machine.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | StorageOptions | None = None) -> None:
+        """A folder that need not be there yet.
+
+        Args:
+            url: absolute, or starting at the working folder; or any fsspec URL.
+            options: fsspec options of the store.
+
+        Raises:
+            StorageError: there is no such kind of store.
+        """
+        self._options = options if isinstance(options, StorageOptions) else StorageOptions(options)
+        self._url, self.local = os.fspath(url), is_local(os.fspath(url))
+        self.filesystem, root = open_filesystem(self._url, self._options.reveal())
+        self._root = root.rstrip("/")
+        self._copy = None if self.local else tempfile.TemporaryDirectory(prefix="picinspector-")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Folder, (self._root if self.local else self._url, self._options)
+
+    def __repr__(self) -> str:
+        return f"Folder({str(self)!r})"
+
+    def __str__(self) -> str:
+        """For people: without secrets."""
+        return self._root if self.local else redact(self._url)
+
+    def under(self, name: str) -> Folder:
+        """A folder in it."""
+        return Folder(f"{(self._root if self.local else self._url).rstrip('/')}/{name}", self._options)
+
+    def path(self, name: str) -> str:
+        """Of something in it, on `filesystem`."""
+        return f"{self._root}/{name}"
+
+    @property
+    def here(self) -> Path:
+        """Where this process works on its files."""
+        return Path(self._copy.name if self._copy is not None else self._root)
+
+    @property
+    def for_ray(self) -> dict[str, Any]:
+        """`storage_path` and `storage_filesystem` of a Ray `RunConfig`."""
+        handler = pyarrow.fs.FSSpecHandler(self.filesystem)
+        return {
+            "storage_path": self._root,
+            "storage_filesystem": None if self.local else pyarrow.fs.PyFileSystem(handler),
+        }
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file or folder of this name."""
+        with self._told():
+            return bool(self.filesystem.exists(self.path(name)))
+
+    def is_empty(self) -> bool:
+        """Whether nothing is in it, or it is not there."""
+        with self._told():
+            return not self.filesystem.exists(self._root) or not self.filesystem.ls(self._root, detail=False)
+
+    def pull(self, *names: str) -> Path:
+        """`here`, with these files and folders in it, as far as they are there; with all, if none is named."""
+        if not self.local:
+            with self._told():
+                for name in names or ("",):
+                    found = self.filesystem.find(self.path(name).rstrip("/"))
+                    targets = [str(self.here / path[len(self._root) + 1 :]) for path in found]
+                    for target in targets:
+                        Path(target).parent.mkdir(parents=True, exist_ok=True)
+                    self.filesystem.get(found, targets)
+        return self.here
+
+    def push(self, *names: str) -> None:
+        """Make these files and folders of `here` those of the folder; all of them, if none is named."""
+        if not self.local:
+            paths = [self.here / name for name in names] or [self.here]
+            files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+            files = [file for file in files if file.is_file()]
+            with self._told():
+                self.filesystem.put(
+                    [str(file) for file in files],
+                    [self.path(file.relative_to(self.here).as_posix()) for file in files],
+                )
+
+    def delete(self, name: str) -> None:
+        """Delete a folder in it, here and there, if there is one."""
+        with self._told():
+            if self.filesystem.exists(self.path(name)):
+                self.filesystem.rm(self.path(name), recursive=True)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say in one line what the store says in many; look anew, as other processes write too."""
+        self.filesystem.invalidate_cache()
+        try:
+            yield
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            reason = to_photo_error(error).message
+            raise StorageError(f"cannot read or write {self}: {reason}; check the path and the credentials") from error
