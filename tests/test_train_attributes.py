@@ -25,7 +25,7 @@ from tests.s3_server import S3Server
 from training import attribute_data as data
 from training.attribute_loop import Network
 from training.attribute_report import figures_of, scene_agreement
-from training.checkpoints import MODEL
+from training.checkpoints import MODEL, scale
 from training.folders import Folder
 from training.train_attributes import Settings, _plan, _write_pieces, main, parse, train
 
@@ -366,6 +366,33 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, tiny: P
         with pytest.raises(UsageError, match=message):
             train(dataclasses.replace(base, **change))
     assert not base.out.exists(), "a mistake leaves no folder behind"
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "count", "each"),
+    [
+        (0, (None, 1, None), 1, {"CPU": 1}),
+        (0, (3, 2, None), 3, {"CPU": 2}),
+        (4, (None, 1, None), 4, {"CPU": 1, "GPU": 1}),
+        (4, (8, 1, 0.5), 8, {"CPU": 1, "GPU": 0.5}),
+        (4, (6, 1, 0.0), 6, {"CPU": 1}),
+        (0, (2, 1, 1.0), 2, {"CPU": 1, "GPU": 1}),  # an autoscaler brings them
+    ],
+)
+def test_workers_take_what_the_cluster_has_or_what_they_are_told(
+    monkeypatch: pytest.MonkeyPatch, there: float, asked: tuple[Any, ...], count: int, each: dict[str, float]
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": float(there)})
+    found = scale(*asked)
+    assert (found.num_workers, found.use_gpu, found.resources_per_worker) == (count, "GPU" in each, each)
+
+
+def test_more_workers_than_gpus_are_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(
+        UsageError, match=r"--workers 2: the cluster has 1 GPUs, .* --gpus-per-worker .* 0 trains on CPUs"
+    ):
+        scale(2, 1, None)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:

@@ -58,11 +58,33 @@ def claim(out: Folder, said: Mapping[str, str]) -> None:
     out.push(_SETTINGS)
 
 
+def scale(workers: int | None, cpus: int, gpus: float | None) -> ray.train.ScalingConfig:
+    """How many workers, and what each holds.
+
+    Args:
+        workers: None takes one a GPU of the cluster, else one.
+        cpus: of each.
+        gpus: of each; None takes one where the cluster has any. Where they are not up yet, it has to be said.
+
+    Raises:
+        UsageError: there are fewer GPUs than workers, and nobody said that more will come.
+    """
+    there = float(ray.cluster_resources().get("GPU", 0))
+    each = gpus if gpus is not None else min(1.0, there)
+    count = workers or max(1, int(there / each) if each else 1)
+    if gpus is None and each * count > there:
+        raise UsageError(
+            f"--workers {count}: the cluster has {there:g} GPUs, and each worker takes one; use fewer, or say with "
+            "--gpus-per-worker what each takes: 0 trains on CPUs"
+        )
+    resources = {"CPU": float(cpus)} | ({"GPU": each} if each else {})
+    return ray.train.ScalingConfig(num_workers=count, use_gpu=each > 0, resources_per_worker=resources)
+
+
 def fit(
     train_worker: Callable[[dict[str, Any]], str | None],
     plan: Any,
-    workers: int,
-    gpus: int,
+    scaling: ray.train.ScalingConfig,
     out: Folder,
     advice: str,
     **data: Any,
@@ -72,8 +94,7 @@ def fit(
     Args:
         train_worker: what each runs, on `{"plan": plan}`; says why where the training diverged.
         plan: what it is told.
-        workers: how many.
-        gpus: of the cluster; with any, each worker takes one.
+        scaling: of the workers.
         out: where the checkpoints go.
         advice: to who sees it diverge.
         data: `datasets` and `dataset_config` of Ray Train.
@@ -84,7 +105,7 @@ def fit(
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name="checkpoints",
             **out.for_ray,

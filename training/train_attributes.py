@@ -58,7 +58,7 @@ from training.attribute_data import (
 )
 from training.attribute_loop import Plan, load_backbone, train_worker
 from training.attribute_report import figures_of, plot_confusion, plot_history, plot_scatter, write_card
-from training.checkpoints import MODEL, check_folder, claim, fit, history_of
+from training.checkpoints import MODEL, check_folder, claim, fit, history_of, scale
 from training.datasets import SPLITS
 from training.folders import Folder
 from training.sheets import read_whole
@@ -98,6 +98,8 @@ class Settings:
     scene_share: float = twin.SCENE_SHARE
     seed: int = 0
     workers: int | None = None
+    cpus_per_worker: int = 1
+    gpus_per_worker: float | None = None
     bootstrap: int = 1000
 
     @property
@@ -166,7 +168,7 @@ def train(
     columns = dict(prepared.columns)
     if backbone:
         out.push("dinov2")
-        columns["dinov2_embedding"] = _encode(out, prepared.rows)
+        columns["dinov2_embedding"] = _encode(out, prepared.rows, _scaling(settings))
     metrics = _report(out.here, settings, prepared, columns, history_of(newest), int(history_of(best)[-1]["epoch"]))
     out.push()
     return metrics
@@ -202,7 +204,7 @@ def _said(settings: Settings, options: Mapping[str, Any] | None) -> dict[str, st
     said = {
         name: redact(str(value))
         for name, value in dataclasses.asdict(settings).items()
-        if name not in ("out", "bootstrap")
+        if name not in ("out", "bootstrap", "cpus_per_worker", "gpus_per_worker")
     }
     return said | {"labels": hashlib.sha256(read_whole(settings.labels, options)).hexdigest()}
 
@@ -271,15 +273,16 @@ def _plan(settings: Settings, backbone: Path | None, inputs: np.ndarray, out: Fo
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def _scaling(settings: Settings) -> ray.train.ScalingConfig:
+    return scale(settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
+
+
 def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Folder) -> tuple[ray.train.Checkpoint, ...]:
     """Run the workers; the newest checkpoint and that with the least validation loss."""
     parts = {name: table.filter(pa.compute.equal(table.column("split"), name)) for name in ("train", "validation")}
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers = settings.workers or max(1, gpus)
-    if parts["train"].num_rows < workers:
-        raise UsageError(
-            f"--workers {workers}: there are {parts['train'].num_rows} photos to train on; use fewer workers"
-        )
+    scaling, rows = _scaling(settings), parts["train"].num_rows
+    if rows < scaling.num_workers:
+        raise UsageError(f"--workers {scaling.num_workers}: there are {rows} photos to train on; use fewer workers")
     if plan.backbone is None:
         datasets = {name: ray.data.from_arrow(part) for name, part in parts.items()}
     else:
@@ -290,8 +293,7 @@ def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Folder) -> tuple[
     return fit(
         train_worker,
         plan,
-        workers,
-        gpus,
+        scaling,
         out,
         "lower --lr or --backbone-lr",
         datasets=datasets,
@@ -336,16 +338,16 @@ class EncodeCrops:
         return pa.table({"row": good.column("row"), "embedding": vectors})
 
 
-def _encode(out: Folder, rows: np.ndarray) -> np.ndarray:
+def _encode(out: Folder, rows: np.ndarray, scaling: ray.train.ScalingConfig) -> np.ndarray:
     """The fine-tuned embeddings of these rows: float16 (N, D)."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = scaling.num_gpus_per_worker
     encoded = _read_crops(out).map_batches(
         EncodeCrops,
         fn_constructor_args=(out,),
         batch_format="pyarrow",
         batch_size=_ENCODE_ROWS,
-        num_gpus=1 if gpus else 0,
-        compute=ray.data.ActorPoolStrategy(size=max(1, gpus)),
+        num_gpus=gpus,
+        compute=ray.data.ActorPoolStrategy(size=scaling.num_workers if gpus else 1),
     )
     table = pa.concat_tables(encoded.iter_batches(batch_size=None, batch_format="pyarrow")).sort_by("row")
     if table.column("row").to_pylist() != rows.tolist():
@@ -418,7 +420,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     parser.add_argument("--mos-scale", type=float, nargs=2, default=(0.0, 100.0), metavar=("WORST", "BEST"))
     parser.add_argument("--features", nargs="+", default=defaults["features"], help="columns the head reads")
     parser.add_argument("--workers", type=int, help="default: one a GPU, else one")
-    numbers = {"hidden-dim": int, "epochs": int, "batch-size": int, "lr": float, "backbone-lr": float}
+    parser.add_argument("--gpus-per-worker", type=float, help="may be a fraction; default: one where there are any")
+    numbers = {
+        "cpus-per-worker": int,
+        "hidden-dim": int,
+        "epochs": int,
+        "batch-size": int,
+        "lr": float,
+        "backbone-lr": float,
+    }
     numbers |= {"weight-decay": float, "dropout": float, "scene-share": float, "seed": int, "bootstrap": int}
     for name, kind in numbers.items():
         default = defaults[name.replace("-", "_")]

