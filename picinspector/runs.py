@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 import picinspector
+from picinspector import machine
 from picinspector.bundle import Bundle
 from picinspector.errors import TRANSIENT_KINDS, UsageError
 from picinspector.photo import Limits
@@ -96,7 +97,7 @@ def size_scorers(batches: int) -> int:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return machine.cores()
 
 
 @dataclass(frozen=True)

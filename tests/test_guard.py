@@ -105,14 +105,28 @@ def test_a_child_that_somebody_killed_is_no_fault_of_the_call(tmp_path: Path) ->
         assert guard(double, 1) == 2
 
 
-@pytest.mark.parametrize("hang", [wait, spin])
-def test_a_call_that_hangs_is_ended(hang: Callable[[float], object]) -> None:
+def hang(how: str, seconds: float, log: str) -> None:
+    """Leaves a line for each time that it was called."""
+    with Path(log).open("a") as file:
+        file.write(f"{seconds}\n")
+    {"wait": wait, "spin": spin}[how](seconds)
+
+
+@pytest.mark.parametrize("how", ["wait", "spin"])
+def test_a_call_that_hangs_is_ended_and_not_made_again(how: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
     with Guard(hang, timeout_s=0.2) as guard:
-        guard(0.01)
+        guard(how, 0.01, str(log))
         with pytest.raises(PhotoError, match=r"longer than 0\.2 s") as caught:
-            guard(60.0)
+            guard(how, 60.0, str(log))
         assert caught.value.kind == ErrorKind.CRASHED
-        guard(0.01)
+        guard(how, 0.01, str(log))
+    assert log.read_text().split() == ["0.01", "60.0", "0.01"]
+
+
+def test_a_call_that_waits_gets_as_long_as_its_guard_has_patience() -> None:
+    with Guard(wait, timeout_s=60.0, patience=0.01) as guard, pytest.raises(PhotoError, match="longer than 60 s"):
+        guard(600.0)
 
 
 def test_the_child_has_a_bound_on_its_memory() -> None:

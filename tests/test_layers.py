@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
                 "web",
                 "bundle",
                 "device",
+                "machine",
                 "preprocess",
                 "tables",
                 "curate",

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from picinspector import machine
 from picinspector.errors import ErrorKind, PhotoError
 
 _Answer = TypeVar("_Answer")
@@ -25,7 +26,9 @@ _Answer = TypeVar("_Answer")
 #: For one photo. The largest that are let in (300 megapixels) take seconds.
 TIMEOUT_S = 120.0
 #: By the clock a call may take so many times as long: a machine may be busy with other things, or stand still.
-_PATIENCE = 5
+PATIENCE = 5.0
+#: How it ends then: by either timer.
+_TOO_LONG = (-signal.SIGPROF, -signal.SIGALRM)
 #: A child may have been killed for what others did (the kernel's out-of-memory killer chooses by size).
 _ATTEMPTS = 2
 
@@ -39,6 +42,7 @@ class Guard(Generic[_Answer]):
         timeout_s: float = TIMEOUT_S,
         memory_bytes: int | None = None,
         prepare: Callable[[], None] | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         """Starts nothing yet.
 
@@ -48,9 +52,10 @@ class Guard(Generic[_Answer]):
             memory_bytes: address space that the child may add to what its modules take; half of this machine's memory
                 if None.
             prepare: called once in each child, before its memory is bounded: to load what the function needs.
+            patience: how many times `timeout_s` a call may take by the clock.
         """
-        self._function, self._prepare, self._timeout_s = function, prepare, timeout_s
-        self._memory_bytes = memory_bytes if memory_bytes is not None else machine_memory_bytes() // 2
+        self._function, self._prepare, self._timeout_s, self._patience = function, prepare, timeout_s, patience
+        self._memory_bytes = memory_bytes if memory_bytes is not None else machine.memory_bytes() // 2
         # Not forked: this process has threads, and a lock that one of them holds would stay shut in the child.
         self._context = multiprocessing.get_context("spawn")
         self._child: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
@@ -66,7 +71,7 @@ class Guard(Generic[_Answer]):
         """What the function answers, and what it raises.
 
         Raises:
-            PhotoError: `crashed`: a child died of this call, and so did the next one.
+            PhotoError: `crashed`: a child died of this call, and so did the next one; or the call took too long.
             OSError: no child can be started at all, for which no photo is to blame.
         """
         fate = ""
@@ -76,7 +81,10 @@ class Guard(Generic[_Answer]):
                 connection.send(arguments)
                 answer, error = connection.recv()
             except (EOFError, ConnectionError):
-                fate = self._fate(self._end())
+                exit_code = self._end()
+                fate = self._fate(exit_code)
+                if exit_code in _TOO_LONG:  # of which nobody else is to blame
+                    break
                 continue
             if error is not None:
                 raise error
@@ -85,7 +93,7 @@ class Guard(Generic[_Answer]):
 
     def _start(self) -> Connection:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._function, self._prepare, self._timeout_s, self._memory_bytes)
+        arguments = (theirs, self._function, self._prepare, self._timeout_s, self._patience, self._memory_bytes)
         child = self._context.Process(target=_serve, args=arguments, daemon=True)
         child.start()
         theirs.close()  # else the end of the child would not end the connection
@@ -112,7 +120,7 @@ class Guard(Generic[_Answer]):
         return code
 
     def _fate(self, exit_code: int) -> str:
-        if exit_code in (-signal.SIGPROF, -signal.SIGALRM):
+        if exit_code in _TOO_LONG:
             return f"decoding it takes longer than {self._timeout_s:g} s"
         cause = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         return f"decoding it kills its process ({cause})"
@@ -123,6 +131,7 @@ def _serve(
     function: Callable[..., Any],
     prepare: Callable[[], None] | None,
     timeout_s: float,
+    patience: float,
     memory_bytes: int,
 ) -> None:
     """The child: answers calls until nobody makes any more."""
@@ -140,7 +149,7 @@ def _serve(
         while True:
             arguments = connection.recv()
             answer, failure = None, None
-            with deadline(timeout_s):
+            with deadline(timeout_s, patience):
                 try:
                     answer = function(*arguments)
                 except Exception as error:  # raised again where the call was made
@@ -149,14 +158,15 @@ def _serve(
 
 
 @contextlib.contextmanager
-def deadline(seconds: float) -> Iterator[None]:
+def deadline(seconds: float, patience: float = PATIENCE) -> Iterator[None]:
     """End this process by a signal if the body takes longer, also in C code that never comes back.
 
     Args:
-        seconds: of processor time; it may take five times as long by the clock.
+        seconds: of processor time.
+        patience: how many times as long it may take by the clock.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
+    signal.setitimer(signal.ITIMER_REAL, patience * seconds)
     try:
         yield
     finally:
@@ -166,12 +176,3 @@ def deadline(seconds: float) -> Iterator[None]:
 
 def _address_space_bytes() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def machine_memory_bytes() -> int:
-    """Memory that this machine has, or that its container may use."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there; or "max"
-            memory = min(memory, int(Path(limit).read_text()))
-    return memory
