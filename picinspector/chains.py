@@ -183,7 +183,11 @@ def _until_whole(
             record.setdefault("found_written", {}).setdefault(table, work.total - rows)
         if rows:
             runs.connect(work.options.address)
-            with progress(step, rows, work.options.show_progress, last) as report, _storage_errors(dest):
+            with (
+                progress(step, rows, work.options.show_progress, last) as report,
+                _storage_errors(dest),
+                runs.limited(work.options.max_cpus),
+            ):
                 chain(shards, rows, report)
             record["stages"] |= report.stages()
             record[f"{step}_photos_per_s"] = round(report.rate, 3)
@@ -229,7 +233,9 @@ class _storage_errors:  # noqa: N801  (a context manager that is used like a fun
 
 def _pools(work: Work, rows: int, captions: bool) -> runs.Pools:
     options = work.options
-    pools = runs.size_pools(rows, options.encoders, options.gpus_per_encoder, options.batch_size, captions)
+    pools = runs.size_pools(
+        rows, options.encoders, options.gpus_per_encoder, options.batch_size, captions, options.max_cpus
+    )
     work.record["pools"] = pools.describe()
     return pools
 

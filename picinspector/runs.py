@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import sys
@@ -39,6 +40,13 @@ _RAY_SETTINGS = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
 }
 
+#: For the driver of a cluster. Ray Data starts 32 processes to read footers, however small the nodes and the table.
+_CLUSTER_SETTINGS = {"RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "2"}
+
+#: The fewest CPUs to limit a run to: one each to list the files of a table, read it, cut it into blocks, read photos
+#: and encode them.
+_LEAST_CPUS = 5
+
 #: True where `connect` started Ray, whose logical CPUs outnumber the cores.
 _started_here = False
 
@@ -53,6 +61,8 @@ def connect(address: str | None = None) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     with _silent_stderr():
         if address or os.environ.get("RAY_ADDRESS"):
+            for name, value in _CLUSTER_SETTINGS.items():
+                os.environ.setdefault(name, value)
             ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
         else:
             _started_here = True
@@ -112,6 +122,7 @@ class Options:
         limits: what a photo may cost.
         captions: whether `score` describes the photos it embeds.
         encoders, gpus_per_encoder, batch_size: see `Pools`.
+        max_cpus: logical CPUs the run holds at once, at most; None for all of the cluster.
         address: the Ray cluster; None takes `RAY_ADDRESS`, else starts Ray on this machine.
         show_progress: one progress line on stderr.
     """
@@ -125,8 +136,34 @@ class Options:
     encoders: int | None = None
     gpus_per_encoder: float | None = None
     batch_size: int | None = None
+    max_cpus: int | None = None
     address: str | None = None
     show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        least = _LEAST_CPUS + self.captions
+        if self.max_cpus is not None and self.max_cpus < least:
+            raise UsageError(
+                f"--max-cpus {self.max_cpus}: a run{' with captions' if self.captions else ''} needs {least} at least, "
+                "to read and to encode at once; give it more, or leave the option out"
+            )
+
+
+@contextlib.contextmanager
+def limited(max_cpus: int | None) -> Iterator[None]:
+    """Hold the datasets that are made in this block to so many CPUs: actors, and tasks that read, cut and write.
+
+    Ray Data goes beyond its limit by the one task that lists the files of a table (2.60), and where its operations need
+    more to begin with: `size_pools` sees to it that they do not.
+    """
+    options = ray.data.DataContext.get_current().execution_options
+    before = options.resource_limits
+    if max_cpus is not None:
+        options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max_cpus - 1)
+    try:
+        yield
+    finally:
+        options.resource_limits = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +201,22 @@ def size_pools(
     gpus_per_encoder: float | None = None,
     batch_size: int | None = None,
     captions: bool = False,
+    max_cpus: int | None = None,
 ) -> Pools:
     """Pools for this many photos on the connected cluster; what is given is taken, the rest worked out.
 
     With GPUs: one encoder a GPU, the CPUs read. Without: encoders of up to eight threads on up to three quarters of the
     cores. Reading happens in blocks of 64 photos: small enough to start encoding early and to lose little with a node.
-    Nobody can see what an autoscaler may still add: for a cluster that rests, `encoders` and `gpus_per_encoder` say it.
+    Nobody can see what an autoscaler may still add: for a cluster that rests, `encoders` and `gpus_per_encoder` say it;
+    how large its nodes are, the first one shows.
     With captions each GPU has one captioner beside its encoder, and on the CPU there are as many of both.
+    What other jobs hold right now does not count, because they end: an actor that finds no room waits, and the first
+    that does begins. A run that is to leave room, or to fit beside others, has `max_cpus`.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
+    if not gpus_per_encoder and not any(node.get("CPU") for node in nodes):
+        ray.get(ray.remote(num_cpus=1)(_cores).remote())  # an autoscaler brings a node for it
+        nodes = _nodes()
     logical = [int(node.get("CPU", 0)) for node in nodes]
     # A Ray on one machine may count more CPUs than it has; a cluster's counts are what it was told.
     cores = [min(logical[0], _cores())] if len(nodes) == 1 else logical
@@ -180,29 +224,49 @@ def size_pools(
     whole = 0.5 if captions else 1.0
     gpus = gpus_per_encoder if gpus_per_encoder is not None else (whole if all_gpus else 0.0)
     pools = 2 if captions else 1  # of actors that hold their CPUs and GPUs as long as the run lasts
+    one, all_actors = _for_actors(max_cpus)
     if gpus:
-        cpus, fitting = 1, max(1, int(all_gpus / (pools * gpus)))
-        if all_gpus and pools * gpus > all_gpus:
+        cpus, fitting = 1, max(1, int(min(all_gpus / gpus, all_actors) / pools))
+        # Of a cluster that has one GPU now, `encoders` says whether more may come.
+        if all_gpus and pools * gpus > all_gpus and (encoders is None or len(nodes) == 1):
             raise UsageError(
                 f"{gpus} GPUs for an encoder{' and as many for a captioner' if captions else ''}: the cluster has "
                 f"{all_gpus:g}; lower --gpus-per-encoder"
             )
     else:
         # Two CPUs of a node stay free for the tasks that read and write beside its actors.
-        cpus = max(1, min(8, max(cores), (max(logical) - 2) // pools))
-        fitting = max(1, int(sum(cores) * 0.75) // (pools * cpus))
-    if captions and len(nodes) == 1 and logical[0] < pools * cpus + 1:
+        cpus = max(1, int(min(8, max(cores), (max(logical) - 2) / pools, one / pools)))
+        fitting = max(1, int(min(sum(cores) * 0.75, all_actors) / (pools * cpus)))
+    if captions and len(nodes) == 1 and 0 < logical[0] < pools * cpus + 1:
         raise UsageError(
             f"this Ray has {logical[0]} CPUs: captions need one for the encoders, one for the captioner and one to "
             "read photos; start it with more (ray start --num-cpus)"
         )
     batch = batch_size or (128 if gpus else 32)
-    even = -(-rows // (2 * max(1, sum(cores))))
+    even = -(-rows // (2 * max(1, min(sum(cores), max_cpus or sum(cores)))))
     block = max(8, min(max(64, batch), even))
     actors = encoders or fitting
     readers = sum(cores) if _started_here else None
     at_once = min(actors, fitting)
     return Pools(actors, gpus, cpus, batch, block, readers, actors if captions else 0, at_once)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node that lives has, by resource."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _for_actors(max_cpus: int | None) -> tuple[float, float]:
+    """CPUs of one actor of each pool, and of all actors at the start, at most, for a run to keep to its limit.
+
+    Ray Data (2.60, `ReservationOpResourceAllocator`) promises each operation its part of half of the limit, and one CPU
+    at least, whatever actors hold already. Four of the five or six have no actors: read, cut, read photos, write. Where
+    nothing is left for writing, it has its turn when reading is done.
+    """
+    if max_cpus is None:
+        return math.inf, math.inf
+    limit = max_cpus - 1  # of `limited`
+    return min(0.6 * limit, limit - 3), min(0.6 * limit, limit - 4)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -216,7 +280,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "cluster": {
-            "nodes": len(ray.nodes()) if ray.is_initialized() else 0,
+            "nodes": len(_nodes()) if ray.is_initialized() else 0,
             "cpus": resources.get("CPU", 0),
             "gpus": resources.get("GPU", 0),
         },

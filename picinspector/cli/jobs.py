@@ -22,6 +22,7 @@ from picinspector.cli.options import (
     KeepDays,
     Library,
     Limit,
+    MaxCpus,
     MaxMegabytes,
     MaxMegapixels,
     Out,
@@ -52,6 +53,7 @@ def score(
     encoders: Encoders = None,
     gpus_per_encoder: GpusPerEncoder = None,
     batch_size: BatchSize = None,
+    max_cpus: MaxCpus = None,
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     max_megabytes: MaxMegabytes = MAX_MEGABYTES,
     storage_options: StorageOptions = None,
@@ -70,6 +72,7 @@ def score(
         encoders=encoders,
         gpus_per_encoder=gpus_per_encoder,
         batch_size=batch_size,
+        max_cpus=max_cpus,
         address=address,
         show_progress=not quiet,
     )
@@ -98,6 +101,7 @@ def nightly(
     encoders: Encoders = None,
     gpus_per_encoder: GpusPerEncoder = None,
     batch_size: BatchSize = None,
+    max_cpus: MaxCpus = None,
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     max_megabytes: MaxMegabytes = MAX_MEGABYTES,
     storage_options: StorageOptions = None,
@@ -116,6 +120,7 @@ def nightly(
         encoders=encoders,
         gpus_per_encoder=gpus_per_encoder,
         batch_size=batch_size,
+        max_cpus=max_cpus,
         address=address,
         show_progress=not quiet,
     )
@@ -130,13 +135,19 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    max_cpus: MaxCpus = None,
     storage_options: StorageOptions = None,
     address: Address = None,
 ) -> int:
     """Remove what newer runs have superseded from DEST, and put small files together."""
     from picinspector import pipeline
 
-    options = pipeline.Options(storage_options=parse_options(storage_options), address=address, show_progress=not quiet)
+    options = pipeline.Options(
+        storage_options=parse_options(storage_options),
+        max_cpus=max_cpus,
+        address=address,
+        show_progress=not quiet,
+    )
     report = pipeline.prune(dest, options, keep_days, dry_run)
     print(json.dumps(report, indent=2) if as_json else prune_text(report, dry_run))
     return 0
@@ -147,6 +158,7 @@ def rescore(
     bundle: BundleRef = "builtin",
     as_json: Json = False,
     quiet: Quiet = False,
+    max_cpus: MaxCpus = None,
     storage_options: StorageOptions = None,
     address: Address = None,
 ) -> int:
@@ -156,6 +168,7 @@ def rescore(
     options = pipeline.Options(
         bundle=bundle_path(bundle),
         storage_options=parse_options(storage_options),
+        max_cpus=max_cpus,
         address=address,
         show_progress=not quiet,
     )
@@ -174,6 +187,7 @@ def caption(
     gpus_per_captioner: Annotated[
         float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 works on the CPU.")
     ] = None,
+    max_cpus: MaxCpus = None,
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     max_megabytes: MaxMegabytes = MAX_MEGABYTES,
     storage_options: StorageOptions = None,
@@ -189,6 +203,7 @@ def caption(
         limits=limits(max_megapixels, max_megabytes),
         encoders=captioners,
         gpus_per_encoder=gpus_per_captioner,
+        max_cpus=max_cpus,
         address=address,
         show_progress=not quiet,
     )

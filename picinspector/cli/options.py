@@ -30,6 +30,9 @@ GpusPerEncoder = Annotated[
     float | None, typer.Option(min=0, help="GPUs of each, may be a fraction; 0 encodes on the CPU.")
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Photos of one encoder call.")]
+MaxCpus = Annotated[
+    int | None, typer.Option(min=1, help="CPUs that the run holds at once, at most; default all of the cluster.")
+]
 KeepDays = Annotated[float, typer.Option(min=0, help="Every state of the last so many days stays.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Do at most this many photos.")]
 MaxMegapixels = Annotated[float, typer.Option(min=0, help="Refuse photos with more pixels.")]
