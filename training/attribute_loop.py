@@ -49,11 +49,11 @@ class Plan:
     dropout: float
     scene_share: float
     seed: int
+    out: Folder
     backbone: str | None = None
     finetune_blocks: int = 0
     backbone_lr: float = 0.0
     stop_after_epoch: int | None = None
-    out: Folder | None = None
 
 
 class Network(nn.Module):
@@ -127,7 +127,11 @@ def train_worker(config: dict[str, Plan]) -> str | None:
     Returns:
         where it diverged, if it did.
     """
-    plan = config["plan"]
+    with config["plan"].out:
+        return _train(config["plan"])
+
+
+def _train(plan: Plan) -> str | None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()

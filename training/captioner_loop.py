@@ -71,8 +71,8 @@ class Plan:
     checkpoint_steps: int
     seed: int
     threads: int
+    out: Folder
     stop_after_step: int | None = None
-    out: Folder | None = None
 
 
 class Captions:
@@ -196,6 +196,11 @@ def train_worker(config: dict[str, Plan]) -> str | None:
         where it diverged, if it did.
     """
     plan = config["plan"]
+    with plan.base, plan.data, plan.out:
+        return _train(plan)
+
+
+def _train(plan: Plan) -> str | None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()

@@ -131,9 +131,7 @@ def history_of(checkpoint: Checkpoint) -> History:
 # --- on a worker ------------------------------------------------------------------------------------------------------
 
 
-def save(
-    tensors: Mapping[str, torch.Tensor], optimizer: Any, schedule: Any, history: History, out: Folder | None
-) -> None:
+def save(tensors: Mapping[str, torch.Tensor], optimizer: Any, schedule: Any, history: History, out: Folder) -> None:
     """Report a checkpoint, and all lines of the history to `progress.jsonl` of a folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,10 +139,9 @@ def save(
         torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(history), "utf-8")
         ray.train.report(history[-1], checkpoint=Checkpoint.from_directory(folder))
-    if out is not None:
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        (out.here / "progress.jsonl").write_text(lines, "utf-8")
-        out.push("progress.jsonl")
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    (out.here / "progress.jsonl").write_text(lines, "utf-8")
+    out.push("progress.jsonl")
 
 
 def restore(

@@ -19,7 +19,8 @@ class Folder:
     """A folder that every node of a cluster reaches, and where this process works on its files.
 
     Of a folder of this machine both are the same. Of a prefix (`s3://...`) each object has a copy of its own, empty at
-    first and gone with it: `pull` fetches files into it, `push` sends them. Travels to Ray's workers, without the copy.
+    first and gone with it: `pull` fetches files into it, `push` sends them. Travels to Ray's workers without the copy.
+    They are killed when they are done, so there it belongs in a `with` block, or the copy stays.
 
     Attributes:
         local: whether it is a folder of this machine.
@@ -39,7 +40,15 @@ class Folder:
         self._url, self.local = os.fspath(url), is_local(os.fspath(url))
         self.filesystem, root = open_filesystem(self._url, self._options.reveal())
         self._root = root.rstrip("/")
-        self._copy = None if self.local else tempfile.TemporaryDirectory(prefix="picinspector-")
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._copy is not None:
+            self._copy.cleanup()
+            self._copy = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Folder, (self._root if self.local else self._url, self._options)
@@ -62,7 +71,11 @@ class Folder:
     @property
     def here(self) -> Path:
         """Where this process works on its files."""
-        return Path(self._copy.name if self._copy is not None else self._root)
+        if self.local:
+            return Path(self._root)
+        if self._copy is None:
+            self._copy = tempfile.TemporaryDirectory(prefix="picinspector-")
+        return Path(self._copy.name)
 
     @property
     def for_ray(self) -> dict[str, Any]:

@@ -325,7 +325,8 @@ class EncodeCrops:
     """The Ray Data stage that embeds crops with the fine-tuned model, as a run will."""
 
     def __init__(self, out: Folder) -> None:
-        self._encoder = Dinov2Encoder(out.pull("dinov2") / "dinov2")
+        with out:
+            self._encoder = Dinov2Encoder(out.pull("dinov2") / "dinov2")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`row`, `crop` to `row`, `embedding`; rows without a crop are left out."""
