@@ -74,19 +74,21 @@ class Fault:
 
 
 class FaultProxy:
-    """Listens on a port of loopback while it is entered.
+    """Listens on a port, of loopback unless told, while it is entered.
 
     Attributes:
         faults: may be replaced at any time.
         asked: how often each method and path was asked for.
+        askers: of each those who asked, in their order, by what `AWS_SDK_UA_APP_ID` makes of them.
         befallen: how often each kind of fault happened.
     """
 
-    def __init__(self, upstream: str, faults: Sequence[Fault] = (), seed: int = 0) -> None:
+    def __init__(self, upstream: str, faults: Sequence[Fault] = (), seed: int = 0, address: str = "127.0.0.1") -> None:
         self.faults = list(faults)
         self.asked: Counter[str] = Counter()
+        self.askers: dict[str, list[str]] = {}
         self.befallen: Counter[str] = Counter()
-        self._upstream, self._seed = upstream, seed
+        self._upstream, self._seed, self._address = upstream, seed, address
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -112,7 +114,7 @@ class FaultProxy:
         self._released = asyncio.Event()
         self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, self._address, 0)
         await site.start()
         host, port = self._runner.addresses[0][:2]
         self.url = f"http://{host}:{port}"
@@ -139,7 +141,10 @@ class FaultProxy:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         body = await request.content.read()
-        fault = self._choose(f"{request.method} {unquote(request.raw_path)}")
+        line = f"{request.method} {unquote(request.raw_path)}"
+        if asker := re.search(r"\bapp/(\S+)", request.headers.get("User-Agent", "")):
+            self.askers.setdefault(line, []).append(asker[1])
+        fault = self._choose(line)
         if fault is not None and fault.action is not None:
             await asyncio.to_thread(fault.action)
         kind = fault.kind if fault is not None else "none"

@@ -1,7 +1,8 @@
 """What the tests needed from outside, and what they got: printed at the end of every run.
 
 A real service where its programs are installed, else a named stand-in. With `PICINSPECTOR_REQUIRE_SERVICES=1` (CI sets
-it) a stand-in is a failure: a mock that quietly took a server's place proves nothing.
+it) a stand-in is a failure where the real one could be installed: a mock that quietly took a server's place proves
+nothing.
 """
 
 from __future__ import annotations
@@ -26,3 +27,8 @@ def record_stand_in(service: str, using: str, remedy: str) -> None:
     if os.environ.get("PICINSPECTOR_REQUIRE_SERVICES") == "1":
         raise RuntimeError(f"PICINSPECTOR_REQUIRE_SERVICES=1 and there is no real {service}: {remedy}")
     USED.append(f"services: {service} = {using}: {remedy}")
+
+
+def record_refused(service: str, using: str, reason: str) -> None:
+    """Note that this machine does not let the run have the real `service`, which nobody could install."""
+    USED.append(f"services: {service} = {using}: this machine refuses the real one ({reason})")
