@@ -111,7 +111,7 @@ def _open(file: IO[bytes], name: str | bytes) -> PngImagePlugin.PngImageFile:
 def _hold(folder: Path) -> None:
     with (folder / "held").open("a") as log:
         log.write(f"{os.getpid()}\n")
-    for _ in range(2400):
+    for _ in range(4800):
         if (folder / "go").exists():
             return
         time.sleep(0.05)
