@@ -38,7 +38,9 @@ class Lease(Protocol):
 
 
 @contextlib.contextmanager
-def hold(filesystem: Any, root: str, shown: str, local: bool, ttl_s: float = TTL_S) -> Iterator[Lease]:
+def hold(
+    filesystem: Any, root: str, shown: str, local: bool, ttl_s: float = TTL_S, lock: str = "runs/.lock"
+) -> Iterator[Lease]:
     """Have a destination for oneself while the body runs.
 
     Args:
@@ -46,15 +48,16 @@ def hold(filesystem: Any, root: str, shown: str, local: bool, ttl_s: float = TTL
         shown: its name for messages.
         local: whether it is a folder of this machine.
         ttl_s: see `TTL_S`.
+        lock: of a folder, the file in it that is locked.
 
     Raises:
         UsageError: another run is at work there.
         StorageError: the lease cannot be written; or, from `check`, was lost.
     """
     if local:
-        with _lock(f"{root}/runs/.lock", shown) as lock:
+        with _lock(f"{root}/{lock}", shown) as locked:
             logs.event("lease_taken", destination=shown)
-            yield lock
+            yield locked
         return
     lease = _StoreLease(filesystem, f"{root}/lease", shown, ttl_s)
     lease.take()

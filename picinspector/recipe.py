@@ -314,7 +314,7 @@ def boost(
         params: go before the recipe's: threads, network.
         begun: go on from there. The bags of the rounds to come are drawn from another seed, so the model is as good
             as one trained in one piece, but not the same.
-        after_round: called with what makes a `Begun` and the rounds that are done.
+        after_round: called with what makes a `Begun` and the rounds that are done; not after the last.
     """
     order, all_params = rows.order, {**recipe.lightgbm_params, **(params or {})}
     if begun is not None:  # the seed's own bags are those of the first rounds
@@ -333,10 +333,10 @@ def boost(
         for metrics in measured.values():  # of one dataset, if any
             losses.append(next(iter(metrics.values()))[-1])
         done = env.iteration + 1
-        if after_round is not None:
+        if after_round is not None and done < env.end_iteration:
             after_round(lambda: Begun(env.model.model_to_string(num_iteration=-1), done, tuple(losses)), done)
         # LightGBM's own early stopping forgets what it saw before a training was interrupted.
-        best = int(np.argmin(losses)) if measured else done
+        best = int(np.argmin(np.nan_to_num(losses, nan=np.inf))) if measured else done
         if measured and (env.iteration - best >= recipe.patience or done == env.end_iteration):
             raise lightgbm.EarlyStopException(best, env.evaluation_result_list)
 

@@ -194,5 +194,7 @@ def test_a_training_that_was_interrupted_goes_on() -> None:
         assert on.num_trees() == whole.num_trees()
 
     steady = recipe.without("early_stopping")
+    boost(matrix[:300], rows, steady, validation, after_round=keep)
+    assert max(states) == 199, "behind the last round there is nothing to go on to"
     half = boost(matrix[:300], rows, steady, validation, begun=states[10])
     assert half.num_trees() == 200

@@ -84,6 +84,10 @@ def test_several_workers_train_one_model(data: Labelled, tmp_path: Path, s3_serv
     bucket = Folder(f"s3://{s3_server.make_bucket()}/out", s3_server.storage_options)
     first, second = (Workers(data, 2, 1, out, 15).boost(("train",), rows, recipe) for out in (Folder(tmp_path), bucket))
     assert first.model_to_string() == second.model_to_string()
+    written = bucket.filesystem.find(bucket.path(""))
+    assert any(path.endswith("model.txt") for path in written)
+    secret = s3_server.secret_key.encode()
+    assert not [path for path in written if secret in bucket.filesystem.cat_file(path)], "no key is written down"
     truth = data.labels[data.rows("test")]
     found = agreement(np.asarray(first.predict(data.matrix("test"))), truth)["plcc"]
     alone = Workers(data, 0, 1, Folder(tmp_path)).boost(("train",), rows, recipe)

@@ -44,6 +44,7 @@ from training.captioner_model import PREPROCESS
 from training.datasets import LabelledPhoto, absolute_uri, read_biq2021, read_labels
 from training.judge import Judge
 from training.ladders import png
+from training.sheets import local_folder
 from training.splits import cut_validation
 
 _BATCH = 64
@@ -273,7 +274,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1, help="degraded copies of each photo (default: 1)")
     parser.add_argument("--limit", type=int, help="only the first so many photos")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="the cache folder")
+    parser.add_argument("--out", type=local_folder, required=True, help="the cache folder")
     args = parser.parse_args()
     try:
         spec = captioner_preprocess(args.captioner).crop if args.captioner is not None else PREPROCESS.crop

@@ -209,7 +209,7 @@ def _train(plan: Plan) -> str | None:
     folder = plan.base.pull()
     base, tokenizer = load_captioner(folder, torch.device("cpu"), torch.float32)
     network = learn(base, plan).to(device)
-    how, data = captioner_preprocess(folder), Captions(plan.data.pull())
+    how, data = captioner_preprocess(folder), Captions(plan.data.pull("facts.parquet", "crops.npy"))
     learner = Learner(network, looks=not plan.lora_rank and all(fact is not None for fact in data.facts)).to(device)
     # Not every step uses every part: the first ones leave the decoder out.
     model = ray.train.torch.prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})

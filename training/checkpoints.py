@@ -1,8 +1,10 @@
-"""What the trainings with torch have in common: a folder for each, checkpoints to go on from, nodes that are lost."""
+"""What the trainings with torch have in common: how many workers, and checkpoints that others go on from."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,16 +16,14 @@ import torch
 from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
-from picinspector.errors import UsageError
+from picinspector import logs
+from picinspector.errors import StorageError, UsageError
+from training.claims import FAILURES, carry_out
 from training.folders import Folder
 
 #: Files of a checkpoint; the last one holds a line for each that was made so far.
 MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
-#: Says which training a folder holds.
-_SETTINGS = "settings.json"
-#: Workers that die are started anew so often, on what nodes there are, and go on from the newest checkpoint. Nodes that
-#: a cloud takes back with a warning do not count.
-_FAILURES = ray.train.FailureConfig(max_failures=8)
+_RUN = "checkpoints"
 
 #: A line of the history: what was measured at a checkpoint.
 History = list[dict[str, float]]
@@ -32,38 +32,17 @@ History = list[dict[str, float]]
 # --- on the driver ----------------------------------------------------------------------------------------------------
 
 
-def check_folder(out: Folder, said: Mapping[str, str]) -> None:
-    """Refuse a folder that holds another training, or other things.
-
-    Args:
-        out: the folder.
-        said: what makes a training the same one.
-    """
-    if out.has(_SETTINGS):
-        known = json.loads((out.pull(_SETTINGS) / _SETTINGS).read_text("utf-8"))
-        other = next((name for name in said if said[name] != known.get(name)), None)
-        if other is not None:
-            raise UsageError(
-                f"{out} holds a training with another {other} ({known.get(other)}, now {said[other]}): "
-                "repeat its command to go on with it, or give another --out"
-            )
-    elif not out.is_empty():
-        raise UsageError(f"{out} is not empty and holds no training; give a new or an empty --out")
+def known_workers(known: Mapping[str, str], workers: int | None) -> int | None:
+    """How many workers a training was begun with, where nobody says now; None for a new one."""
+    return workers or (int(known["workers"]) if known.get("workers", "").isdigit() else None)
 
 
-def claim(out: Folder, said: Mapping[str, str]) -> None:
-    """Make the folder this training's own."""
-    out.here.mkdir(parents=True, exist_ok=True)
-    (out.here / _SETTINGS).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
-    out.push(_SETTINGS)
-
-
-def scale(workers: int | None, cpus: int, gpus: float | None) -> ray.train.ScalingConfig:
+def scale(workers: int | None, cpus: int | None, gpus: float | None) -> ray.train.ScalingConfig:
     """How many workers, and what each holds.
 
     Args:
         workers: None takes one a GPU of the cluster, else one.
-        cpus: of each.
+        cpus: of each; None takes one.
         gpus: of each; None takes one where the cluster has any. Where they are not up yet, it has to be said.
 
     Raises:
@@ -77,7 +56,7 @@ def scale(workers: int | None, cpus: int, gpus: float | None) -> ray.train.Scali
             f"--workers {count}: the cluster has {there:g} GPUs, and each worker takes one; use fewer, or say with "
             "--gpus-per-worker what each takes: 0 trains on CPUs"
         )
-    resources = {"CPU": float(cpus)} | ({"GPU": each} if each else {})
+    resources = {"CPU": float(cpus or 1)} | ({"GPU": each} if each else {})
     return ray.train.ScalingConfig(num_workers=count, use_gpu=each > 0, resources_per_worker=resources)
 
 
@@ -101,24 +80,29 @@ def fit(
 
     Raises:
         UsageError: the training diverged.
+        PicInspectorError: it fails for another reason.
     """
-    trainer = ray.train.torch.TorchTrainer(
-        train_worker,
-        train_loop_config={"plan": plan},
-        scaling_config=scaling,
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            **out.for_ray,
-            failure_config=_FAILURES,
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+
+    def make() -> ray.train.torch.TorchTrainer:
+        return ray.train.torch.TorchTrainer(
+            train_worker,
+            train_loop_config={"plan": plan},
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=_RUN,
+                **out.for_ray,
+                failure_config=FAILURES,
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+                ),
             ),
-        ),
-        **data,
-    )
-    result = trainer.fit()
+            **data,
+        )
+
+    result = carry_out(make, out.under(_RUN))
     if result.return_value is not None:
         raise UsageError(f"the training diverged: {result.return_value}; {advice}, and give another --out")
+    _show(history_of(result.checkpoint), out)
     return result.checkpoint, result.get_best_checkpoint("validation_loss", "min")
 
 
@@ -126,6 +110,12 @@ def history_of(checkpoint: Checkpoint) -> History:
     """The lines of all checkpoints up to this one."""
     with checkpoint.as_directory() as folder:
         return list(json.loads((Path(folder) / PROGRESS).read_text("utf-8")))
+
+
+def show_card(out: str | os.PathLike[str], options: Mapping[str, Any] | None) -> None:
+    """Print the card of a training that is done."""
+    with Folder(out, options) as folder:
+        print((folder.pull("card.md") / "card.md").read_text("utf-8"))
 
 
 # --- on a worker ------------------------------------------------------------------------------------------------------
@@ -139,6 +129,13 @@ def save(tensors: Mapping[str, torch.Tensor], optimizer: Any, schedule: Any, his
         torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(history), "utf-8")
         ray.train.report(history[-1], checkpoint=Checkpoint.from_directory(folder))
+    try:
+        _show(history, out)
+    except StorageError as error:  # it shows how far the training is, and the next one shows it too
+        logs.event("progress_not_shown", level=logging.WARNING, reason=str(error))
+
+
+def _show(history: History, out: Folder) -> None:
     lines = "".join(json.dumps(line) + "\n" for line in history)
     (out.here / "progress.jsonl").write_text(lines, "utf-8")
     out.push("progress.jsonl")

@@ -53,7 +53,7 @@ import pyarrow.parquet as pq
 from picinspector.errors import PicInspectorError, UsageError
 from picinspector.schema import ATTRIBUTES, SCENES
 from picinspector.storage import is_local, local_path
-from training.sheets import Sheet
+from training.sheets import Sheet, local_folder
 
 #: What we call the parts of a split.
 SPLITS = ("train", "validation", "test")
@@ -445,7 +445,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=READERS)
     parser.add_argument("folder", type=Path, help="of the dataset; for `table` the CSV or Parquet file")
-    parser.add_argument("--out", type=Path, required=True, help="labels table to write, Parquet")
+    parser.add_argument("--out", type=local_folder, required=True, help="labels table to write, Parquet")
     parser.add_argument("--allow-missing", action="store_true", help="leave out labelled photos that are not on disk")
     parser.add_argument(
         "--no-split",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.fs
 
 from picinspector.errors import StorageError
 from picinspector.storage import StorageOptions, is_local, is_storage_error, open_filesystem, redact, to_photo_error
+
+#: Of copies, with the process that made each; what a process left behind that was killed goes with the next one.
+_COPY = "picinspector-copy-"
 
 
 class Folder:
@@ -20,7 +26,7 @@ class Folder:
 
     Of a folder of this machine both are the same. Of a prefix (`s3://...`) each object has a copy of its own, empty at
     first and gone with it: `pull` fetches files into it, `push` sends them. Travels to Ray's workers without the copy.
-    They are killed when they are done, so there it belongs in a `with` block, or the copy stays.
+    They are killed when they are done, so there it belongs in a `with` block, or the copy stays until the next one.
 
     Attributes:
         local: whether it is a folder of this machine.
@@ -74,27 +80,34 @@ class Folder:
         if self.local:
             return Path(self._root)
         if self._copy is None:
-            self._copy = tempfile.TemporaryDirectory(prefix="picinspector-")
+            _sweep()
+            self._copy = tempfile.TemporaryDirectory(prefix=f"{_COPY}{os.getpid()}-")
         return Path(self._copy.name)
 
     @property
     def for_ray(self) -> dict[str, Any]:
         """`storage_path` and `storage_filesystem` of a Ray `RunConfig`."""
-        handler = pyarrow.fs.FSSpecHandler(self.filesystem)
-        return {
-            "storage_path": self._root,
-            "storage_filesystem": None if self.local else pyarrow.fs.PyFileSystem(handler),
-        }
+        filesystem = None if self.local else pyarrow.fs.PyFileSystem(_WithoutFolders(self.filesystem))
+        return {"storage_path": self._root, "storage_filesystem": filesystem}
 
     def has(self, name: str) -> bool:
         """Whether there is a file or folder of this name."""
         with self._told():
             return bool(self.filesystem.exists(self.path(name)))
 
-    def is_empty(self) -> bool:
-        """Whether nothing is in it, or it is not there."""
+    def names(self) -> set[str]:
+        """Of what is in it; none where it is not there."""
         with self._told():
-            return not self.filesystem.exists(self._root) or not self.filesystem.ls(self._root, detail=False)
+            try:
+                paths = self.filesystem.ls(self._root, detail=False)
+            except FileNotFoundError:
+                return set()
+        # A store may have an object for the folder itself.
+        return {path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != self._root}
+
+    def is_empty(self, besides: Collection[str] = ()) -> bool:
+        """Whether nothing is in it, besides these names, or it is not there."""
+        return not self.names().difference(besides)
 
     def pull(self, *names: str) -> Path:
         """`here`, with these files and folders in it, as far as they are there; with all, if none is named."""
@@ -135,5 +148,23 @@ class Folder:
         except Exception as error:
             if not is_storage_error(error):
                 raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageError(f"no room for a copy of {self} in {tempfile.gettempdir()}; make room") from error
             reason = to_photo_error(error).message
+            if isinstance(error, FileNotFoundError):
+                reason = "there is no such bucket or file"
             raise StorageError(f"cannot read or write {self}: {reason}; check the path and the credentials") from error
+
+
+class _WithoutFolders(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]
+    """A store as it is: s3fs would make a bucket where it is asked for a folder in one that it may not look for."""
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Nothing: there are no folders in a store."""
+
+
+def _sweep() -> None:
+    for path in Path(tempfile.gettempdir()).glob(f"{_COPY}*"):
+        pid = path.name.removeprefix(_COPY).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)

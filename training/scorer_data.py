@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +75,11 @@ class Labelled:
 
 
 def load(
-    embeddings: str, labels: str, features: list[str] | None = None, storage_options: str | None = None, seed: int = 0
+    embeddings: str,
+    labels: str,
+    features: list[str] | None = None,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Labelled:
     """Join a table of embeddings with a table of labels by uri, and split.
 
@@ -89,13 +92,12 @@ def load(
             embeddings have `phash`, by near-duplicates. A third of what is validation
             becomes calibration.
         features: columns of the embeddings; default `FEATURES`.
-        storage_options: fsspec options of both, as JSON.
+        options: fsspec options of both.
         seed: of the splits.
 
     Raises:
         UsageError: a file, column or value is missing or wrong; says which.
     """
-    options = json.loads(storage_options) if storage_options else None
     table = _read_labels(labels, options)
     source = _open(embeddings, options)
     chosen = tuple(features or FEATURES)

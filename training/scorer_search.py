@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,6 @@ from ray.tune.search.optuna import OptunaSearch
 
 from picinspector.metrics import agreement
 from picinspector.recipe import PARAMS, Recipe, fit
-from training.folders import Folder
 from training.scorer_data import Labelled
 
 #: What is searched, around what LightGBM's guide says matters for accuracy and against over-fitting.
@@ -29,7 +29,7 @@ _CPUS_PER_TRIAL = 2
 
 
 def search(
-    data: Labelled, recipe: Recipe, trials: int, minutes: float | None, max_rows: int, out: Folder
+    data: Labelled, recipe: Recipe, trials: int, minutes: float | None, max_rows: int
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe with the parameters that did best on validation rows, and all trials, best first.
 
@@ -42,7 +42,6 @@ def search(
         trials: how many.
         minutes: end after this long, whatever is done by then.
         max_rows: train rows of a trial at most, a seeded choice.
-        out: Ray Tune keeps its state in `out/search`.
     """
     rows = data.rows("train")
     matrix = data.matrix("train")
@@ -56,22 +55,24 @@ def search(
         validation=(data.matrix("validation"), data.labels[data.rows("validation")]),
     )
     start = {name: {**PARAMS, **recipe.params}[name] for name in SPACE}
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": _CPUS_PER_TRIAL}),
-        param_space=SPACE,
-        tune_config=tune.TuneConfig(
-            metric="objective",
-            mode="max",
-            search_alg=OptunaSearch(points_to_evaluate=[start], seed=recipe.seed),
-            num_samples=trials,
-            time_budget_s=minutes * 60 if minutes else None,
-            max_concurrent_trials=_concurrent(),
-        ),
-        run_config=tune.RunConfig(
-            **out.under("search").for_ray, verbose=0, failure_config=tune.FailureConfig(max_failures=2)
-        ),
-    )
-    results = tuner.fit()
+    with tempfile.TemporaryDirectory(prefix="picinspector-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": _CPUS_PER_TRIAL}),
+            param_space=SPACE,
+            tune_config=tune.TuneConfig(
+                metric="objective",
+                mode="max",
+                search_alg=OptunaSearch(points_to_evaluate=[start], seed=recipe.seed),
+                num_samples=trials,
+                time_budget_s=minutes * 60 if minutes else None,
+                max_concurrent_trials=_concurrent(),
+            ),
+            # Not beside the checkpoints: Ray Tune writes down its settings, and with them the keys of the store.
+            run_config=tune.RunConfig(
+                storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=2)
+            ),
+        )
+        results = tuner.fit()
     done = [
         {
             "objective": round(result.metrics["objective"], 5),

@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import ray.train
 import ray.train.lightgbm
 
 from picinspector.recipe import Begun, Recipe, Rows, boost
+from training.claims import FAILURES, carry_out
 from training.folders import Folder
 from training.scorer_data import Labelled, gather
 
@@ -49,29 +50,34 @@ class Workers:
             matrix = self._data.matrix(*splits)
             booster = boost(matrix, rows, recipe, self._validation, {"num_threads": self._cpus})
             return lightgbm.Booster(model_str=booster.model_to_string())
-        trainer = ray.train.lightgbm.LightGBMTrainer(
+        config = {
+            "numbers": ray.put(self._data.rows(*splits)),
+            "rows": ray.put(asdict(rows)),
+            "validation": ray.put(self._validation),
+            "recipe": asdict(recipe),
+            "threads": self._cpus,
+            "every": self._every,
+        }
+        name = self._name(splits, rows, recipe)
+        result = carry_out(lambda: self._trainer(config, name), self._out.under(name))
+        return lightgbm.Booster(model_str=result.return_value)
+
+    def _trainer(self, config: dict[str, Any], name: str) -> ray.train.lightgbm.LightGBMTrainer:
+        return ray.train.lightgbm.LightGBMTrainer(
             _train_on_worker,
-            train_loop_config={
-                "numbers": ray.put(self._data.rows(*splits)),
-                "rows": ray.put(asdict(rows)),
-                "validation": ray.put(self._validation),
-                "recipe": asdict(recipe),
-                "threads": self._cpus,
-                "every": self._every,
-            },
+            train_loop_config=config,
             datasets={"photos": self._data.features_of},
             # Whole to everybody, who takes every n-th photo: Ray's own split drops rows to make parts equal, and gives
             # them to whoever asks first.
             dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=ray.train.ScalingConfig(num_workers=self._count, resources_per_worker={"CPU": self._cpus}),
             run_config=ray.train.RunConfig(
-                name=self._name(splits, rows, recipe),
+                name=name,
                 **self._out.for_ray,
-                failure_config=ray.train.FailureConfig(max_failures=8),
+                failure_config=FAILURES,
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             ),
         )
-        return lightgbm.Booster(model_str=trainer.fit().return_value)
 
     def _name(self, splits: tuple[str, ...], rows: Rows, recipe: Recipe) -> str:
         """Of a training: the same for the same data, recipe and workers."""
@@ -98,8 +104,12 @@ def _train_on_worker(config: dict[str, Any]) -> str:
     params = {"num_threads": config["threads"], **(together if world > 1 else {})}
 
     def keep(state: Callable[[], Begun], rounds: int) -> None:
+        def content() -> str:
+            begun = state()
+            return json.dumps(asdict(replace(begun, model=_NETWORK.sub("", begun.model))))
+
         if rounds % config["every"] == 0:
-            _report(rank, _BEGUN, lambda: json.dumps(asdict(state())))
+            _report(rank, _BEGUN, content)
 
     recipe = Recipe(**config["recipe"])
     booster = boost(matrix, own, recipe, ray.get(config["validation"]), params, begun, keep)

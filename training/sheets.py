@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -9,12 +10,16 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from picinspector.errors import PhotoError, UsageError
-from picinspector.storage import fetch, is_local, redact
+from picinspector.storage import fetch, is_local, local_path, redact
+
+#: Of a table in object storage.
+_MAX_BYTES = 2 * 1024**3
 
 
 class Sheet:
@@ -24,7 +29,7 @@ class Sheet:
         """Read the whole file, from a folder or with fsspec options from object storage."""
         self.path = redact(os.fspath(path))
         readers = {".xlsx": _read_xlsx, ".parquet": _read_parquet, ".csv": _read_csv}
-        suffix = os.path.splitext(self.path)[1].lower()  # noqa: PTH122
+        suffix = os.path.splitext(_name(os.fspath(path)))[1].lower()  # noqa: PTH122
         content = read_whole(path, options)
         if suffix not in readers:
             raise UsageError(f"{self.path}: expected a .csv, .parquet or .xlsx file")
@@ -84,13 +89,28 @@ def read_whole(path: str | os.PathLike[str], options: Mapping[str, Any] | None =
         UsageError: it is not there, or cannot be read.
     """
     if is_local(os.fspath(path)):
-        if not os.path.isfile(path):  # noqa: PTH113
+        file = Path(local_path(os.fspath(path)))
+        if not file.is_file():
             raise UsageError(f"{os.fspath(path)} is missing")
-        return Path(path).read_bytes()
-    [content] = fetch([os.fspath(path)], options)
+        return file.read_bytes()
+    [content] = fetch([os.fspath(path)], options, _MAX_BYTES)
     if isinstance(content, PhotoError):
         raise UsageError(f"{redact(os.fspath(path))} cannot be read: {content.message}")
+    if len(content) > _MAX_BYTES:
+        raise UsageError(f"{redact(os.fspath(path))} is larger than {_MAX_BYTES} bytes; write it as Parquet")
     return content
+
+
+def local_folder(text: str) -> Path:
+    """For argparse: a path on this machine, as an URL would become a strange one of a folder here."""
+    if not is_local(text):
+        raise argparse.ArgumentTypeError(f"{text} is no path of this machine; write to one, and copy it there")
+    return Path(local_path(text))
+
+
+def _name(url: str) -> str:
+    """Without the query of a web address; in a key a `?` is a sign like any other."""
+    return urlsplit(url).path if url.startswith(("http://", "https://")) else url
 
 
 def _read_csv(path: str, content: bytes) -> tuple[list[str], list[Sequence[Any]]]:

