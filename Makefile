@@ -15,6 +15,8 @@ S3_PACKAGES := radosgw ceph-mon ceph-osd ceph-common
 EXIF_PACKAGES := libimage-exiftool-perl
 # What they look at the report with.
 BROWSER_PACKAGES := chromium
+# What they make networks with, for clusters of several nodes: tests/machines.py.
+NETWORK_PACKAGES := iproute2
 
 .PHONY: demo test lint bench bench-quick wheel docs clean
 .DEFAULT_GOAL := demo
@@ -27,6 +29,7 @@ test: .venv/installed-all
 	@command -v radosgw >/dev/null || { $(APT_INSTALL) $(S3_PACKAGES) >/dev/null </dev/null; } || true
 	@command -v exiftool >/dev/null || { $(APT_INSTALL) $(EXIF_PACKAGES) >/dev/null </dev/null; } || true
 	@command -v chromium >/dev/null || { $(APT_INSTALL) $(BROWSER_PACKAGES) >/dev/null </dev/null; } || true
+	@command -v ip >/dev/null || { $(APT_INSTALL) $(NETWORK_PACKAGES) >/dev/null </dev/null; } || true
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-all

@@ -115,6 +115,7 @@ _LONGEST_FIRST = (
     ("test_resume.py",),
     ("test_full_size.py", "test_parity.py"),  # models of full size
     ("test_deploy.py", "test_jobs.py", "test_training_jobs.py"),  # a Ray head, which idles until the end of the session
+    ("test_several_nodes.py",),
     ("test_faults_workers.py",),
     ("test_sharing.py",),
     ("test_autoscaling.py",),

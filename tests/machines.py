@@ -180,10 +180,10 @@ class Loopback(Lab):
 
     def boot(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Machine:
         log, words = self._folder / f"{name}.log", [word.replace("{address}", self.address) for word in command]
-        if words[:2] == ["ray", "start"]:  # else two would want the same port, or take themselves for another
-            words += [f"--node-ip-address={self.address}", f"--dashboard-agent-listen-port={free_port()}"]
         disk = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pic", dir="/tmp"))  # sockets: a short name
-        variables = {**environment, "HOME": disk, "RAY_TMPDIR": disk}
+        if words[:2] == ["ray", "start"]:  # else two would want the same port, or the same names of sockets
+            words += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={disk}"]
+        variables = {**environment, "HOME": disk}
         process = self._stack.enter_context(_process(words, log, variables))
         machine = Machine(name, self.address, log, process, "", _loopback=True)
         self._stack.callback(machine.kill)

@@ -15,7 +15,7 @@ USED: list[str] = []
 
 def record_real(service: str, using: str) -> None:
     """Note that `service` is the real thing, e.g. `record_real("S3", "Ceph radosgw 16.2.15")`."""
-    USED.append(f"services: {service} = {using}")
+    _note(f"services: {service} = {using}")
 
 
 def record_stand_in(service: str, using: str, remedy: str) -> None:
@@ -26,9 +26,14 @@ def record_stand_in(service: str, using: str, remedy: str) -> None:
     """
     if os.environ.get("PICINSPECTOR_REQUIRE_SERVICES") == "1":
         raise RuntimeError(f"PICINSPECTOR_REQUIRE_SERVICES=1 and there is no real {service}: {remedy}")
-    USED.append(f"services: {service} = {using}: {remedy}")
+    _note(f"services: {service} = {using}: {remedy}")
 
 
 def record_refused(service: str, using: str, reason: str) -> None:
     """Note that this machine does not let the run have the real `service`, which nobody could install."""
-    USED.append(f"services: {service} = {using}: this machine refuses the real one ({reason})")
+    _note(f"services: {service} = {using}: this machine refuses the real one ({reason})")
+
+
+def _note(line: str) -> None:
+    if line not in USED:  # a service that is started anew for each test
+        USED.append(line)
