@@ -221,6 +221,11 @@ class _storage_errors:  # noqa: N801  (a context manager that is used like a fun
                 ) from error
             if isinstance(cause, Exception) and is_storage_error(cause):
                 reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
+                if self._dest.local and isinstance(cause, FileNotFoundError) and len(ray.nodes()) > 1:
+                    raise StorageError(
+                        f"{self._dest.url} is a folder that not all nodes of the cluster have ({reason}); use a store "
+                        "such as s3://, or a disk that they share"
+                    ) from error
                 raise StorageError(
                     f"cannot read or write {self._dest.url}: {redact(reason)}; run the same command again: what is "
                     "written stays"
