@@ -14,4 +14,8 @@ RUN pip install --no-cache-dir -c /tmp/dist/constraints.txt "$(ls /tmp/dist/*.wh
 COPY --chown=ray:users jobs/ /opt/picinspector/jobs/
 COPY --chown=ray:users training/ /opt/picinspector/training/
 ENV PYTHONPATH=/opt/picinspector
+# cluster.yaml says why.
+ENV RAY_grpc_client_keepalive_time_ms=30000
+ENV RAY_grpc_client_keepalive_timeout_ms=30000
+ENV RAY_DATA_PARQUET_FOOTER_NUM_ACTORS=4
 WORKDIR /home/ray

@@ -11,9 +11,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.data._internal.datasource_v2.formats.parquet import footer_file_indexer
 from ray.scripts.scripts import start as ray_start
 
 ROOT = Path(__file__).parent.parent
@@ -117,3 +119,14 @@ def test_every_node_asks_for_the_token_and_none_is_in_the_file(cluster: dict[str
     assert token_path is not None and token_path[1] in cluster["file_mounts"]
     text = (ROOT / "cluster.yaml").read_text()
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret|RAY_AUTH_TOKEN=|[0-9a-f]{32}", text)
+
+
+def test_nodes_from_the_image_have_the_same_settings() -> None:
+    launcher, image = (
+        set(re.findall(r"(RAY_\w+)=(\d+)$", (ROOT / file).read_text(), re.MULTILINE))
+        for file in ("cluster.yaml", "Dockerfile")
+    )
+    assert launcher == image and len(launcher) == 3
+    for name, _ in launcher:
+        known = hasattr(ray._config, name.removeprefix("RAY_"))
+        assert known or f'"{name}"' in Path(footer_file_indexer.__file__).read_text(), name
