@@ -7,12 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests import ray_head, services
 from tests import s3_server as s3
+
+if TYPE_CHECKING:
+    from tests import several_nodes
 
 # Before anything imports pyarrow.fs or botocore: both read these once.
 os.environ.update(s3.ENVIRONMENT)
@@ -93,6 +96,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, s3_server: s3.S3Server, tiny: Path, captioned_bundle: Path
+) -> Iterator[several_nodes.Cluster]:
+    """A cluster of several machines, with both bundles in the image of its nodes; stopped when the session ends."""
+    from tests import several_nodes
+
+    with several_nodes.start(tmp_path_factory.mktemp("nodes"), s3_server, [tiny, captioned_bundle]) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with `clip` (ViT-L-14-quickgelu) and `dinov2` (base): random weights in the published formats."""
     import open_clip
@@ -115,7 +129,7 @@ _LONGEST_FIRST = (
     ("test_resume.py",),
     ("test_full_size.py", "test_parity.py"),  # models of full size
     ("test_deploy.py", "test_jobs.py", "test_training_jobs.py"),  # a Ray head, which idles until the end of the session
-    ("test_several_nodes.py",),
+    ("test_several_nodes.py", "test_training_nodes.py"),  # a cluster, the first as it is when it starts
     ("test_faults_workers.py",),
     ("test_sharing.py",),
     ("test_autoscaling.py",),

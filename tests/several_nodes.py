@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -204,6 +205,17 @@ class Cluster:
             return json.load(answer)
 
 
+class Hold:
+    """An action of a fault: requests that come to it wait until they may go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        self.go.wait(TIMEOUT_S)
+
+
 @contextlib.contextmanager
 def start(folder: Path, server: s3_server.S3Server, given: Sequence[Path] = ()) -> Iterator[Cluster]:
     """A head, two CPU nodes and a GPU node, until the block ends.
@@ -234,6 +246,7 @@ def start(folder: Path, server: s3_server.S3Server, given: Sequence[Path] = ()) 
             "OMP_WAIT_POLICY": "passive",
             # 32 processes to read the footers of a handful of files, each time, would take longer than the rest.
             "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # else a job on a busy machine leaves its lease to run out
             **_PATIENCE,
         }
         cluster = Cluster(token, store, machines, variables)

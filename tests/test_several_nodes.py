@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +11,12 @@ from typing import Any
 import pytest
 
 from picinspector.tables import Destination
-from tests import several_nodes
 from tests.fault_proxy import Fault
 from tests.s3_server import S3Server
-from tests.several_nodes import TIMEOUT_S, Cluster, obey
+from tests.several_nodes import TIMEOUT_S, Cluster, Hold, obey
 from tests.test_faults_s3 import check_run, put_photos
 
 NAMES = [f"{number:03}" for number in range(48)]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server, tiny: Path) -> Iterator[Cluster]:
-    """The cluster, with the bundle in the image of its nodes."""
-    with several_nodes.start(tmp_path_factory.mktemp("nodes"), s3_server, [tiny]) as started:
-        yield started
 
 
 @pytest.fixture
@@ -34,17 +25,6 @@ def bucket(cluster: Cluster, s3_server: S3Server, s3_bucket: str) -> Iterator[st
     put_photos(s3_server, s3_bucket, NAMES)
     yield s3_bucket
     cluster.store.faults = []
-
-
-class Hold:
-    """An action of a fault: requests that come to it wait until they may go on."""
-
-    def __init__(self) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def __call__(self) -> None:
-        self.reached.set()
-        self.go.wait(TIMEOUT_S)
 
 
 def score(cluster: Cluster, bucket: str, bundle: Path, out: str | None = None) -> str:
