@@ -43,9 +43,9 @@ def serve(
 ) -> int:
     """Score single photos over HTTP, until SIGTERM: POST /v1/score, a page at /."""
     from picinspector import serve as service
-    from picinspector.serve.gate import Rules, is_loopback
+    from picinspector.serve.settings import Rules, Settings, is_loopback, token_from
 
-    token = service.token_from(token_file)
+    token = token_from(token_file)
     rules = Rules(
         token=token,
         limits=limits(max_megapixels, max_megabytes),
@@ -53,7 +53,7 @@ def serve(
         local_only=token is None and not public and is_loopback(host),
         allow_private=allow_private,
     )
-    settings = service.Settings(
+    settings = Settings(
         bundle=bundle_path(bundle),
         host=host,
         port=port,

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ValidationError
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from picinspector import __version__
 from picinspector.bundle import Bundle
-from picinspector.errors import ErrorKind, PhotoError, UsageError
+from picinspector.errors import ErrorKind
 from picinspector.serve.answers import Models, Photo, Photos, Problem, Reference, State
-from picinspector.serve.gate import Gate, Metrics, RequestError, Rules, busy, failed, too_large
+from picinspector.serve.gate import Gate, Metrics
+from picinspector.serve.intake import FIELD, Intake, refusal
+from picinspector.serve.load import Capacity, Load
 from picinspector.serve.page import render
-from picinspector.storage import redact
+from picinspector.serve.problems import RequestError, busy, failed
+from picinspector.serve.settings import Rules
 from picinspector.text import one_line
-from picinspector.web import fetch_url
 
 #: Photos of one batch request.
 BATCH_MAX = 64
 #: Of them, before the replicas at once: a batch leaves room for others.
 _BATCH_AT_ONCE = 8
-#: URLs fetched at once.
-_FETCHES = 16
-_NAME_CHARACTERS = 255
-#: A field of `multipart/form-data`.
-_FIELD = "photo"
+#: After so long a photo of a batch, for which there was no room, comes again.
+_AGAIN_S = 0.25
 
 #: A photo, by its bytes and its name, to its row: `schema.SCORES`, `facts`, `measurements`. Raises RequestError.
 Judge = Callable[[bytes, str], Awaitable[dict[str, Any]]]
@@ -48,13 +41,7 @@ Responses = dict[int | str, dict[str, Any]]
 Ready = Callable[[], Awaitable[bool]]
 
 
-class _InMemory(MultiPartParser):
-    """Starlette's parser, but no photo goes to disk: 0 is no limit, and the gate has counted the bytes."""
-
-    spool_max_size = 0
-
-
-def make_app(rules: Rules, bundle: Bundle, judge: Judge, ready: Ready) -> ASGIApp:
+def make_app(rules: Rules, bundle: Bundle, judge: Judge, ready: Ready, capacity: Capacity) -> ASGIApp:
     """The application behind its gate.
 
     Args:
@@ -62,19 +49,21 @@ def make_app(rules: Rules, bundle: Bundle, judge: Judge, ready: Ready) -> ASGIAp
         bundle: that judges.
         judge: asks it.
         ready: whether it can be asked.
+        capacity: what it can be asked at once.
     """
-    return Gate(_Front(rules, bundle, judge, ready, metrics := Metrics()).app, rules, metrics)
+    load, metrics = Load(capacity, rules.timeout_s), Metrics()
+    return Gate(_Front(rules, bundle, judge, ready, load, metrics).app, rules, load, metrics)
 
 
 class _Front:
     """The routes."""
 
-    def __init__(self, rules: Rules, bundle: Bundle, judge: Judge, ready: Ready, metrics: Metrics) -> None:
-        self._rules, self._judge_photo, self._ready, self._metrics = rules, judge, ready, metrics
+    def __init__(self, rules: Rules, bundle: Bundle, judge: Judge, ready: Ready, load: Load, metrics: Metrics) -> None:
+        self._rules, self._judge_photo, self._ready = rules, judge, ready
+        self._load, self._metrics, self._intake = load, metrics, Intake(rules)
         self._models, self._page = _describe(bundle), render(rules.token is not None, bundle.scorer_kind)
-        self._fetchers, self._fetching = ThreadPoolExecutor(_FETCHES, "fetch"), 0
-        # No /docs: they come from a server elsewhere.
-        app = FastAPI(title="PicInspector", version=__version__, docs_url=None, redoc_url=None)
+        # No /docs: they come from a server elsewhere. No redirects: they would go where the client says that this is.
+        app = FastAPI(title="PicInspector", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
         bad: Responses = {number: {"model": Problem, "description": text} for number, text in _PROBLEMS.items()}
         secured: dict[str, Any] = {"security": [{"bearer": []}]} if rules.token is not None else {}
         post: dict[str, Any] = {"methods": ["POST"], "responses": bad}
@@ -104,22 +93,18 @@ class _Front:
 
     async def score(self, request: Request) -> Response:
         """Judge one photo."""
-        if _content_type(request) == "application/json":
-            data, name = await self._referred(request)
-        else:
-            [(data, name)] = await self._uploaded(request, 1)
-        row = await self._judge(data, name, request)
+        row = await self._judge(*await self._intake.one(request), request)
         if row["error_kind"] is not None:
-            raise _refusal(row["error_kind"], row["error_message"])
+            raise refusal(row["error_kind"], row["error_message"])
         return _json(Photo.model_validate(row))
 
     async def batch(self, request: Request) -> Response:
         """Judge up to 64 photos; one that cannot be judged does not keep the others from it."""
-        photos, turns = await self._uploaded(request, BATCH_MAX), asyncio.Semaphore(_BATCH_AT_ONCE)
+        photos, turns = await self._intake.many(request, BATCH_MAX), asyncio.Semaphore(_BATCH_AT_ONCE)
 
         async def judge(data: bytes, name: str) -> dict[str, Any]:
             async with turns:
-                return await self._judge(data, name, request)
+                return await self._judge_at_last(data, name, request)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -149,78 +134,31 @@ class _Front:
         """A page for people."""
         return Response(self._page.content, media_type="text/html; charset=utf-8", headers=self._page.headers)
 
+    async def _judge_at_last(self, data: bytes, name: str, request: Request) -> dict[str, Any]:
+        """The same for one of many, which would all be lost with it: where there is no room, it waits for some."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await self._judge(data, name, request)
+            except RequestError as error:
+                if error.status != 503 or loop.time() + _AGAIN_S >= request.state.deadline:
+                    raise
+            await asyncio.sleep(_AGAIN_S)
+
     async def _judge(self, data: bytes, name: str, request: Request) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout_at(request.state.deadline):
-                row = await self._judge_photo(data, name)
-        except TimeoutError:
-            text = f"there was no answer within {self._rules.timeout_s:g} s"
-            raise RequestError(504, ErrorKind.TIMEOUT.value, text) from None
+        with self._load.photo() as place:
+            try:
+                async with asyncio.timeout_at(request.state.deadline):
+                    row = await self._judge_photo(data, name)
+            except TimeoutError:
+                place.passed()
+                if place.had_to_wait:
+                    raise busy("the photo waited for others until its time was up; come again") from None
+                text = f"there was no answer within {self._rules.timeout_s:g} s"
+                raise RequestError(504, ErrorKind.TIMEOUT.value, text) from None
+            place.passed()
         self._metrics.photos.labels(row["error_kind"] or "ok").inc()
         return row
-
-    async def _uploaded(self, request: Request, most: int) -> list[tuple[bytes, str]]:
-        """The photos of a form, with their names."""
-        if _content_type(request) != "multipart/form-data":
-            kinds = "multipart/form-data" if most > 1 else "multipart/form-data or application/json"
-            raise RequestError(415, "unsupported_media_type", f"send the photo as {kinds}", {"connection": "close"})
-        try:
-            form = await _InMemory(request.headers, request.stream(), max_files=most, max_fields=0).parse()
-        except MultiPartException as error:
-            text = f"{one_line(error.message)} Send 1 to {most} files in fields named {_FIELD}"
-            raise RequestError(422, "invalid_request", text, {"connection": "close"}) from None
-        try:
-            photos = []
-            for field, part in form.multi_items():
-                if field != _FIELD or not isinstance(part, UploadFile):
-                    raise RequestError(422, "invalid_request", f"the form has a field that is not named {_FIELD}")
-                if (part.size or 0) > self._rules.limits.max_bytes:
-                    raise too_large("a photo", self._rules.limits.max_bytes)
-                photos.append((await part.read(), one_line(part.filename or "")[:_NAME_CHARACTERS]))
-        finally:
-            await form.close()
-        if not photos:
-            raise RequestError(
-                422, "invalid_request", f"the form has no photo; send 1 to {most} in fields named {_FIELD}"
-            )
-        return photos
-
-    async def _referred(self, request: Request) -> tuple[bytes, str]:
-        """The photo that a JSON body names or holds, with its name."""
-        try:
-            wanted = Reference.model_validate_json(await request.body())
-        except ValidationError as error:  # what was sent is not repeated
-            problems = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}".strip(": ") for one in error.errors())
-            raise RequestError(422, "invalid_request", one_line("; ".join(problems))[:500]) from None
-        if (wanted.url is None) == (wanted.base64 is None):
-            raise RequestError(422, "invalid_request", 'give one of "url" and "base64"')
-        name = one_line(wanted.name)
-        if wanted.url is not None:
-            path = wanted.url.partition("#")[0].partition("?")[0]
-            return await self._fetch(wanted.url, request), name or one_line(redact(path))
-        try:
-            data = base64.b64decode(wanted.base64 or "", validate=True)
-        except (binascii.Error, ValueError):
-            raise RequestError(422, "invalid_request", "base64: cannot be decoded") from None
-        if len(data) > self._rules.limits.max_bytes:
-            raise too_large("the photo", self._rules.limits.max_bytes)
-        return data, name
-
-    async def _fetch(self, url: str, request: Request) -> bytes:
-        if self._fetching >= _FETCHES:
-            raise busy("too many URLs are being fetched; come again")
-        loop = asyncio.get_running_loop()
-        left_s = max(0.1, request.state.deadline - loop.time())
-        arguments = (url, self._rules.limits.max_bytes, left_s, self._rules.allow_private)
-        self._fetching += 1
-        try:
-            return await loop.run_in_executor(self._fetchers, fetch_url, *arguments)
-        except PhotoError as error:
-            raise _refusal(error.kind.value, error.message) from None
-        except UsageError as error:
-            raise RequestError(422, "invalid_request", one_line(str(error))) from None
-        finally:
-            self._fetching -= 1
 
 
 # --- words and schemas ------------------------------------------------------------------------------------------------
@@ -228,20 +166,24 @@ class _Front:
 _PROBLEMS = {
     400: "the request ended early, or is no HTTP",
     401: "the bearer token is missing or wrong",
+    403: "asked by a page of another origin",
     408: "the request did not come in time",
     413: "the request, the file or the picture is too large",
     415: "neither a form nor JSON",
+    421: "asked by another name than localhost",
     422: "no photo, or none that can be judged",
+    431: "the head of the request is too large",
+    502: "the server of the URL cannot be reached",
     503: "too busy; Retry-After says when to come again",
-    504: "there was no answer in time",
+    504: "there was no answer in time, here or from the server of the URL",
 }
 _FILE = {"type": "string", "format": "binary"}
 _JSON_BODY = {"schema": {"$ref": "#/components/schemas/Reference"}}
 
 
 def _form(schema: dict[str, Any]) -> dict[str, Any]:
-    properties = {"properties": {_FIELD: schema}, "additionalProperties": False}
-    return {"schema": {"type": "object", "required": [_FIELD]} | properties}
+    properties = {"properties": {FIELD: schema}, "additionalProperties": False}
+    return {"schema": {"type": "object", "required": [FIELD]} | properties}
 
 
 _ONE: dict[str, Any] = {
@@ -270,20 +212,8 @@ def _describe(bundle: Bundle) -> Models:
     )
 
 
-def _content_type(request: Request) -> str:
-    kind: bytes = parse_options_header(request.headers.get("content-type", ""))[0]
-    return kind.decode("latin-1").lower()
-
-
 def _json(answer: BaseModel, status: int = 200) -> Response:
     return Response(answer.model_dump_json(), status, media_type="application/json")
-
-
-def _refusal(kind: str, message: str) -> RequestError:
-    """What is wrong with a photo, as an answer."""
-    if kind in (ErrorKind.TOO_MANY_BYTES, ErrorKind.TOO_MANY_PIXELS):
-        return RequestError(413, kind, message)
-    return RequestError(500 if kind == ErrorKind.INTERNAL else 422, kind, message)
 
 
 async def _on_refusal(_: Request, error: Exception) -> Response:

@@ -8,115 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from picinspector import logs
 from picinspector.errors import ErrorKind
-from picinspector.photo import Limits
-from picinspector.serve.answers import Problem
+from picinspector.serve.load import Load
+from picinspector.serve.problems import RequestError, busy, cause_of, failed, too_large
+from picinspector.serve.settings import Rules, is_loopback
 
-#: Beside the photos of a body: boundaries, names, braces.
-_OVERHEAD_BYTES = 64 * 1024
-#: A batch may be so many times as large as its largest photo.
-_BATCH_PHOTOS = 8
-#: Bodies in memory at once, in photos of the largest size.
+#: Photos in memory at once, as bodies or fetched, in photos of the largest size.
 _HELD_PHOTOS = 16
-_RETRY_AFTER_S = 2
 #: Anybody may ask these: whether it lives, and the page, which holds nothing and where the token is typed.
 _OPEN = frozenset({"/", "/v1/health", "/v1/ready"})
-_PATHS = _OPEN | {"/v1/score", "/v1/score/batch", "/v1/models", "/metrics", "/openapi.json"}
+_SCORING = frozenset({"/v1/score", "/v1/score/batch"})
+_PATHS = _OPEN | _SCORING | {"/v1/models", "/metrics", "/openapi.json"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+#: In the log and the metrics only: the client left before it had an answer. nginx has made it a custom.
+_LEFT = 499
 _HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a request may cost, and who may send one.
-
-    Attributes:
-        token: that every request has to bear, but for health, readiness and the page; None lets everybody in.
-        limits: of one photo.
-        timeout_s: from the first byte of a request to the answer.
-        local_only: answer only to the names of this machine. A page from elsewhere can point a name of its own at
-            127.0.0.1 (DNS rebinding), but it cannot change what the browser says the name is.
-        allow_private: fetch URLs from addresses that are not public too.
-    """
-
-    token: str | None = field(default=None, repr=False)
-    limits: Limits = field(default_factory=lambda: Limits(max_bytes=32 * 1024**2, max_pixels=100_000_000))
-    timeout_s: float = 30.0
-    local_only: bool = False
-    allow_private: bool = False
-
-    def body_bytes(self, path: str) -> int:
-        """The longest body of a request for this path."""
-        photos_bytes = {"/v1/score": self.limits.max_bytes * 4 // 3, "/v1/score/batch": self.batch_bytes}  # base64
-        return photos_bytes.get(path, 0) + _OVERHEAD_BYTES
-
-    @property
-    def batch_bytes(self) -> int:
-        """Of the photos of one batch together."""
-        return _BATCH_PHOTOS * self.limits.max_bytes
-
-
-class RequestError(Exception):
-    """A request that gets a problem for an answer.
-
-    Attributes:
-        status: of HTTP.
-        problem: the body.
-        headers: beside the usual ones.
-    """
-
-    def __init__(self, status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        self.problem = Problem(error_kind=kind, error_message=message)
-
-    def to_response(self) -> Response:
-        """What the client gets."""
-        return Response(self.problem.model_dump_json(), self.status, self.headers, "application/json")
-
-
-def busy(message: str) -> RequestError:
-    """Come again: 503 with Retry-After."""
-    return RequestError(503, "busy", message, {"retry-after": str(_RETRY_AFTER_S)})
-
-
-def failed() -> RequestError:
-    """The service has a fault; which, is in its log."""
-    return RequestError(500, ErrorKind.INTERNAL.value, "the service failed; its log says where")
-
-
-def too_large(what: str, limit_bytes: int) -> RequestError:
-    """413; the connection ends, else the rest would still be read, though thrown away."""
-    message = f"{what} is larger than {limit_bytes} bytes, the limit"
-    return RequestError(413, ErrorKind.TOO_MANY_BYTES.value, message, {"connection": "close"})
-
-
-def is_loopback(host: str) -> bool:
-    """True for the names and addresses under which only this machine reaches itself."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Metrics:
@@ -139,10 +58,10 @@ class Metrics:
 
 
 class Gate:
-    """The middleware."""
+    """The middleware. It tells the application a request's `deadline`, and `hold`, in the request's state."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
-        self._app, self._rules, self._metrics = app, rules, metrics
+    def __init__(self, app: ASGIApp, rules: Rules, load: Load, metrics: Metrics) -> None:
+        self._app, self._rules, self._load, self._metrics = app, rules, load, metrics
         self._token = rules.token.encode() if rules.token is not None else None
         self._held_bytes = 0
 
@@ -156,16 +75,21 @@ class Gate:
             await send({"type": "websocket.close"})
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, status, body = time.perf_counter(), 0, _Body(self, scope["path"], receive)
-        scope.setdefault("state", {})["deadline"] = body.deadline
+        started, status, body = time.perf_counter(), 0, _Body(self, scope, receive)
+        scope.setdefault("state", {}).update(deadline=body.deadline, hold=body.hold)
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                body.is_answered = True
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if status == 503:
+                    await body.drain()
+                if not body.is_whole:  # else what nobody wants would still be read
+                    headers["connection"] = "close"
             await send(message)
 
         self._metrics.open.inc()
@@ -174,27 +98,37 @@ class Gate:
             await self._app(scope, body.receive, answer)
         except RequestError as refusal:
             await refusal.to_response()(scope, receive, answer)
+        except asyncio.CancelledError:
+            if not body.is_left:
+                raise
+            status = _LEFT
         except Exception as error:
-            logs.event("request_failed", level=logging.ERROR, error=type(error).__name__, at=_where(error))
+            kind, at = cause_of(error)
+            logs.event("request_failed", level=logging.ERROR, error=kind, at=at)
             if status == 0:
                 await failed().to_response()(scope, receive, answer)
         finally:
-            self._hold(-body.received_bytes)
+            body.end()
             self._metrics.open.dec()
             self._record(scope, status, body.received_bytes, time.perf_counter() - started)
 
     def _admit(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
-        if self._rules.local_only and not is_loopback(_without_port(headers.get("host", ""))):
-            raise RequestError(421, "misdirected", "this service answers to localhost only", {"connection": "close"})
+        headers, scores = Headers(scope=scope), scope["path"] in _SCORING and scope["method"] == "POST"
+        if self._rules.local_only:
+            if not is_loopback(_without_port(headers.get("host", ""))):
+                raise RequestError(421, "misdirected", "this service answers to localhost only")
+            if scores and _is_from_elsewhere(headers):
+                raise RequestError(403, "cross_origin", "this service answers to no other page than its own")
         if self._token is not None and scope["path"] not in _OPEN:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self._token):
-                challenge = {"www-authenticate": "Bearer", "connection": "close"}
+                challenge = {"www-authenticate": "Bearer"}
                 raise RequestError(401, "unauthorized", "a bearer token is needed, and it must be right", challenge)
         told, limit_bytes = headers.get("content-length", ""), self._rules.body_bytes(scope["path"])
         if told.isdecimal() and int(told) > limit_bytes:
             raise too_large("the request", limit_bytes)
+        if scores and self._load.is_full:  # before its body is held and parsed in vain
+            raise busy("too many photos are waiting; come again")
 
     def _hold(self, count: int) -> None:
         self._held_bytes += count
@@ -213,14 +147,26 @@ class Gate:
 
 
 class _Body:
-    """The body of one request, counted as it comes."""
+    """The body of one request, counted as it comes; and whether its client is still there after it.
 
-    def __init__(self, gate: Gate, path: str, receive: Receive) -> None:
-        self._gate, self._receive = gate, receive
-        self._limit_bytes = gate._rules.body_bytes(path)
+    Attributes:
+        deadline: of the whole request, by the loop's clock.
+        received_bytes: so far.
+        is_whole: nothing of it is still to come.
+        is_answered: the answer has begun.
+        is_left: the client left without one, and the request's task was cancelled.
+    """
+
+    def __init__(self, gate: Gate, scope: Scope, receive: Receive) -> None:
+        self._gate, self._receive, headers = gate, receive, Headers(scope=scope)
+        self._limit_bytes = gate._rules.body_bytes(scope["path"])
         self.deadline = asyncio.get_running_loop().time() + gate._rules.timeout_s
-        self.received_bytes = 0
-        self._whole = False
+        self.received_bytes = self._held_bytes = 0
+        self.is_whole = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        self.is_answered = self.is_left = False
+        self._waits_for_leave = headers.get("expect", "").lower() == "100-continue"
+        self._task = asyncio.current_task()
+        self._watch: asyncio.Task[None] | None = None
 
     async def receive(self) -> Message:
         """The next message.
@@ -228,32 +174,76 @@ class _Body:
         Raises:
             RequestError: it is too much, too late, or the last before the body is whole.
         """
-        if self._whole:
-            return await self._receive()
+        if self._watch is not None:  # there was a last one
+            await asyncio.wait([self._watch])
+            return {"type": "http.disconnect"}
+        message = await self._next()
+        self.hold(len(message.get("body", b"")))
+        if self.is_whole:
+            self._watch = asyncio.create_task(self._leave())
+        return message
+
+    def hold(self, count: int) -> None:
+        """Count so many bytes, of the body or for its sake, as in memory until the answer.
+
+        Raises:
+            RequestError: with all others it is too much.
+        """
+        self._held_bytes += count
+        self._gate._hold(count)
+
+    async def drain(self) -> None:
+        """Read what is still to come, and keep nothing.
+
+        Whoever is to come again must hear it: a connection that is closed on bytes that nobody has read takes the
+        answer along (RFC 9112, 9.6).
+        """
+        self._gate._hold(-self._held_bytes)
+        self._held_bytes = 0
+        if self._waits_for_leave and not self.received_bytes:  # to send it, and will not
+            return
+        while not self.is_whole:
+            try:
+                await self._next()
+            except RequestError:
+                return
+
+    def end(self) -> None:
+        """Let go of all."""
+        self._gate._hold(-self._held_bytes)
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def _next(self) -> Message:
         try:
             async with asyncio.timeout_at(self.deadline):
                 message = await self._receive()
         except TimeoutError:
             text = f"the request was not whole within {self._gate._rules.timeout_s:g} s"
-            raise RequestError(408, ErrorKind.TIMEOUT.value, text, {"connection": "close"}) from None
+            raise RequestError(408, ErrorKind.TIMEOUT.value, text) from None
         if message["type"] == "http.disconnect":
             raise RequestError(400, "incomplete", "the connection ended before the request was whole")
-        count = len(message.get("body", b""))
-        self._whole = not message.get("more_body", False)
-        self.received_bytes += count
+        self.received_bytes += len(message.get("body", b""))
         if self.received_bytes > self._limit_bytes:
-            self.received_bytes -= count  # it goes at once
             raise too_large("the request", self._limit_bytes)
-        self._gate._hold(count)
+        self.is_whole = not message.get("more_body", False)
         return message
+
+    async def _leave(self) -> None:
+        """After a whole body comes only that the client is gone, or has its answer."""
+        await self._receive()
+        if not self.is_answered and self._task is not None:
+            self.is_left = True
+            self._task.cancel()
+
+
+def _is_from_elsewhere(headers: Headers) -> bool:
+    """Whether a browser sends this for a page of another origin, which may not read the answer but can ask."""
+    origin, host = headers.get("origin"), headers.get("host", "")
+    if origin is not None:
+        return origin not in (f"http://{host}", f"https://{host}")
+    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
 
 
 def _without_port(host: str) -> str:
     return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-
-
-def _where(error: BaseException) -> str:
-    trace: Any = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace is not None else ""

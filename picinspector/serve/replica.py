@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import math
 import os
 import queue
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +23,7 @@ from picinspector.bundle import open_bundle
 from picinspector.errors import PhotoError
 from picinspector.manifest import image_id
 from picinspector.photo import Limits
+from picinspector.serve.problems import ReplicaError, cause_of
 from picinspector.stages.guard import Guard
 from picinspector.stages.read import caption_crop, crops_of, read_photo, to_table
 from picinspector.wording import Facts, compose
@@ -54,7 +57,8 @@ class Replica:
             decoders: processes that decode. A photo that kills its own, hangs in it or fills its memory takes nothing
                 else along.
             batch_size: photos of one encoder call, at most.
-            timeout_s: processor time that decoding one photo may take.
+            timeout_s: of a request. Decoding may take a third of it in processor time, and half of it by the clock: the
+                photo that hangs in its decoder is named before the request's time is up.
 
         Raises:
             BundleError: the bundle cannot be used, or is another than the driver's.
@@ -74,13 +78,15 @@ class Replica:
         self._stages.append(Score(folder))
         self._guards: queue.SimpleQueue[Guard[dict[str, Any]]] = queue.SimpleQueue()
         for _ in range(decoders):
-            self._guards.put(Guard(read_photo, timeout_s, prepare=_prepare))
+            self._guards.put(Guard(read_photo, timeout_s / 3, prepare=_prepare, patience=1.5))
         self._decoders = ThreadPoolExecutor(decoders, "decode")
         self._models, self._free = ThreadPoolExecutor(1, "judge"), asyncio.Event()
         self._free.set()
         self._judge_together.set_max_batch_size(batch_size)
+        self._timeout_s, self._busy_since, self._is_doubtful = timeout_s, math.inf, False
         seen = list(self._decoders.map(self._decode, [_sample()] * decoders, ["warm.png"] * decoders))
-        self._judge(seen[:1])
+        self._seen_sample = seen[:1]
+        self._judge(self._seen_sample)
 
     async def judge(self, data: bytes, name: str) -> dict[str, Any]:
         """Everything that a run would find out about one photo.
@@ -92,6 +98,27 @@ class Replica:
         Returns:
             a row of `schema.SCORES`, with `facts` and `measurements`.
         """
+        try:
+            return await self._judge_one(data, name)
+        except Exception as error:  # what the log has to say of it is known here only
+            raise ReplicaError(*cause_of(error)) from None
+
+    async def check_health(self) -> None:
+        """Asked by Ray Serve, every ten seconds: whoever fails three times in a row is replaced.
+
+        A device may be lost to its process, which then fails with every batch, and models may hang.
+
+        Raises:
+            RuntimeError: a batch takes longer than anybody waits for it.
+            Exception: a batch has failed, and so does now a photo with which all was well.
+        """
+        if time.monotonic() - self._busy_since > self._timeout_s:
+            raise RuntimeError(f"the models have not answered for {self._timeout_s:g} s")
+        if self._is_doubtful:
+            await asyncio.get_running_loop().run_in_executor(self._models, self._judge, self._seen_sample)
+            self._is_doubtful = False
+
+    async def _judge_one(self, data: bytes, name: str) -> dict[str, Any]:
         seen = await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, data, name)
         # Ray Serve closes a batch when its wait is over, also while the models are busy with another. Held back until
         # they are free, all that has come becomes one batch: on two cores a photo by itself takes 70 ms of them, among
@@ -104,7 +131,7 @@ class Replica:
     async def _judge_together(self, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
         self._free.clear()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._models, self._judge, seen)
+            return await asyncio.get_running_loop().run_in_executor(self._models, self._judge_watched, seen)
         finally:
             self._free.set()
 
@@ -119,6 +146,17 @@ class Replica:
             self._guards.put(guard)
         etag = seen.get("content_hash") or hashlib.sha256(data).hexdigest()[:32]
         return {"image_id": image_id(name, etag), "uri": name, "etag": etag, "size_bytes": len(data), **seen}
+
+    def _judge_watched(self, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The same, and `check_health` is told of it."""
+        self._busy_since = time.monotonic()
+        try:
+            return self._judge(seen)
+        except Exception:
+            self._is_doubtful = True
+            raise
+        finally:
+            self._busy_since = math.inf
 
     def _judge(self, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
         manifest = pa.Table.from_pylist([_only(row, schema.MANIFEST.names) for row in seen], schema=schema.MANIFEST)
