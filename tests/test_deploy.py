@@ -175,19 +175,26 @@ def test_its_schema_accepts_it(name: str) -> None:
 
 
 def test_the_service_is_accepted_and_starts_as_it_says() -> None:
-    deployment, service = yaml.safe_load_all((DEPLOY / "api.yaml").read_text())
-    check(deployment)
-    check(service)
+    deployment, service, policy = yaml.safe_load_all((DEPLOY / "api.yaml").read_text())
+    for manifest in (deployment, service, policy):
+        check(manifest)
     pod = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert service["spec"]["selector"] == pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
     assert {port["name"] for port in container["ports"]} == {service["spec"]["ports"][0]["targetPort"]}
+    assert policy["spec"]["podSelector"] == deployment["spec"]["selector"]
+    assert policy["spec"]["ingress"] == [{"ports": [{"port": container["ports"][0]["name"]}]}]
     program, *arguments = [*container["command"], *container["args"]]
     command: Any = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
     given = command.make_context(command.name, arguments[1:]).params
     assert (program, given["port"]) == ("picinspector", container["ports"][0]["containerPort"])
     assert not given["public"] and "PICINSPECTOR_TOKEN" in {variable["name"] for variable in container["env"]}
-    assert pod["spec"]["terminationGracePeriodSeconds"] > given["timeout"] + 5, "what is under way is finished"
+    before_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= before_s + 2 * (given["timeout"] + 5), (
+        "what is under way is finished"
+    )
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["timeoutSeconds"] > 5, "so long it may take to ask Ray"
 
 
 @pytest.mark.parametrize(
