@@ -18,4 +18,5 @@ ENV PYTHONPATH=/opt/picinspector
 ENV RAY_grpc_client_keepalive_time_ms=30000
 ENV RAY_grpc_client_keepalive_timeout_ms=30000
 ENV RAY_DATA_PARQUET_FOOTER_NUM_ACTORS=4
+ENV RAY_JOB_STOP_WAIT_TIME_S=20
 WORKDIR /home/ray

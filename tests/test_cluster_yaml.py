@@ -15,6 +15,7 @@ import ray
 import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.job import job_supervisor
 from ray.data._internal.datasource_v2.formats.parquet import footer_file_indexer
 from ray.scripts.scripts import start as ray_start
 
@@ -126,7 +127,7 @@ def test_nodes_from_the_image_have_the_same_settings() -> None:
         set(re.findall(r"(RAY_\w+)=(\d+)$", (ROOT / file).read_text(), re.MULTILINE))
         for file in ("cluster.yaml", "Dockerfile")
     )
-    assert launcher == image and len(launcher) == 3
+    assert launcher == image and len(launcher) == 4
+    readers = "".join(Path(str(module.__file__)).read_text() for module in (footer_file_indexer, job_supervisor))
     for name, _ in launcher:
-        known = hasattr(ray._config, name.removeprefix("RAY_"))
-        assert known or f'"{name}"' in Path(footer_file_indexer.__file__).read_text(), name
+        assert hasattr(ray._config, name.removeprefix("RAY_")) or f'"{name}"' in readers, name

@@ -78,38 +78,33 @@ def test_a_folder_that_only_the_head_has_is_told_in_one_line(
         assert code == 0 and (tmp_path / "out" / "scores").is_dir()
 
 
-def test_each_stage_runs_where_its_resources_are(
+def test_stages_run_where_their_resources_are_and_a_stopped_job_goes_on(
     cluster: Cluster, s3_server: S3Server, bucket: str, tiny: Path
 ) -> None:
-    readers = {"cpu-1", "cpu-2"}
+    readers, hold = {"cpu-1", "cpu-2"}, Hold()
 
     def wait_for_both() -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not readers <= set(askers(cluster, f"GET /{bucket}/photos/")) and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    cluster.store.faults = [Fault("none", r"^GET /.*/photos/", action=wait_for_both)]
-    record = finish(cluster, score(cluster, bucket, tiny), s3_server, bucket)
-    assert record["environment"]["cluster"] == {"nodes": 4, "cpus": 5, "gpus": 1}
+    cluster.store.faults = [
+        Fault("none", r"^GET /.*/photos/", action=wait_for_both),
+        # Refused in the end: what comes of a worker that outlives its driver and writes after all is another test's.
+        Fault("refuse", r"^PUT /.*/out/scores/", action=hold),
+    ]
+    job = score(cluster, bucket, tiny)
+    cluster.wait_for(job, hold.reached.is_set)
     assert set(askers(cluster, f"GET /{bucket}/photos/")) == readers
     names = {node["node_id"]: node["node_name"] for node in cluster.listed("nodes")}
     encoders = [actor for actor in cluster.listed("actors") if actor["class_name"] == "MapWorker(MapBatches(Encode))"]
     assert {names[actor["node_id"]] for actor in encoders if actor["node_id"]} == {"gpu-1"}, "that ever started"
     assert set(askers(cluster, f"PUT /{bucket}/out/runs/")) == {"head"}, "there the driver runs"
-
-
-def test_a_job_that_is_stopped_goes_on_where_it_was(
-    cluster: Cluster, s3_server: S3Server, bucket: str, tiny: Path
-) -> None:
-    hold = Hold()
-    # Refused in the end: what comes of a worker that outlives its driver and writes after all is another test's.
-    cluster.store.faults = [Fault("refuse", r"^PUT /.*/out/scores/", action=hold)]
-    job = score(cluster, bucket, tiny)
-    cluster.wait_for(job, hold.reached.is_set)
     cluster.stop(job)
     hold.go.set()
     cluster.store.faults = []
     record = finish(cluster, score(cluster, bucket, tiny), s3_server, bucket)
+    assert record["environment"]["cluster"] == {"nodes": 4, "cpus": 5, "gpus": 1}
     assert record["times_resumed"] == 1
     assert record["found_written"] == {"embeddings": len(NAMES)}
     assert len(askers(cluster, f"GET /{bucket}/photos/")) == len(NAMES), "no photo was read again"
