@@ -60,6 +60,7 @@ def test_cpu_nodes_come_for_a_run_and_go_after_it(resting: Head, tiny: Path, tmp
     assert record["pools"]["cpus"] == 2, "as large as the nodes allow, which nobody knew before"
 
 
+@pytest.mark.slow
 def test_a_node_with_a_gpu_comes_for_the_encoder(resting: Head, tiny: Path, tmp_path: Path) -> None:
     record = score(resting, tmp_path, tiny, "--encoders", "1", "--gpus-per-encoder", "1")
     assert record["counts"]["scored"] == 12

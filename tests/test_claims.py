@@ -65,7 +65,7 @@ def test_a_training_that_gets_on_is_tried_again_and_one_that_does_not_is_told(tm
     with pytest.raises(PicInspectorError) as caught:
         carry_out(lambda: trainer, Folder(tmp_path / "run"))
     assert trainer.tries == 4
-    assert str(caught.value).startswith("the training failed: ValueError: no model of this name; mend it and submit")
+    assert str(caught.value).startswith("the training failed: ValueError: no model of this name and more; mend it")
     assert "\n" not in str(caught.value)
 
 

@@ -217,10 +217,8 @@ def test_splits_are_made_by_content(tmp_path: Path) -> None:
     )
 
 
-def test_two_workers_train_a_head_and_resume(
-    local_ray: None, quick_end: None, tmp_path: Path, s3_server: S3Server
-) -> None:
-    """What a training writes and has learnt; one in a bucket that was stopped and went on has the same figures."""
+def test_two_workers_train_a_head_and_resume(local_ray: None, quick_end: None, tmp_path: Path) -> None:
+    """What a training writes and has learnt; one that was stopped and went on has the same figures."""
     settings = dataclasses.replace(toy(tmp_path), workers=2)
     metrics = train(settings)
     assert metrics is not None
@@ -246,16 +244,14 @@ def test_two_workers_train_a_head_and_resume(
     assert images == {"history.png", "scene_confusion.png", *(f"scatter_{name}.png" for name in ATTRIBUTES)}
     assert f"| test | noisiness | {test['attributes']['noisiness']['photos']} |" in (out / "card.md").read_text()
 
-    bucket, options = s3_server.make_bucket(), s3_server.storage_options
-    s3_server.client().upload_file(str(settings.labels), bucket, "labels.parquet")
-    stopped = dataclasses.replace(settings, labels=f"s3://{bucket}/labels.parquet", out=f"s3://{bucket}/stopped")
-    there = Folder(stopped.out, options)
-    assert train(stopped, options, stop_after_epoch=5) is None
+    stopped = dataclasses.replace(settings, out=tmp_path / "stopped")
+    there = Folder(stopped.out)
+    assert train(stopped, stop_after_epoch=5) is None
     assert len((there.pull("progress.jsonl") / "progress.jsonl").read_text().splitlines()) == 5
     assert not there.has("metrics.json")
     with pytest.raises(UsageError, match=r"holds a training with another epochs \(12, now 13\): repeat its command"):
-        train(dataclasses.replace(stopped, epochs=13), options)
-    resumed = train(stopped, options)
+        train(dataclasses.replace(stopped, epochs=13))
+    resumed = train(stopped)
     assert resumed is not None
     assert len((there.pull() / "progress.jsonl").read_text().splitlines()) == 12, "no epoch was done twice"
     assert {path.name for path in there.here.glob("*.png")} == images

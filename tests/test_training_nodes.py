@@ -21,6 +21,8 @@ from tests.test_train_captioner import make_data
 from tests.test_train_scorer import FEATURES, write_inputs
 from training.folders import Folder
 
+pytestmark = pytest.mark.slow
+
 #: Two workers that fill two nodes; whatever GPUs there are do not count.
 APART = ["--workers", "2", "--cpus-per-worker", "2"]
 ON_CPUS = [*APART, "--gpus-per-worker", "0"]
@@ -105,7 +107,8 @@ def test_an_attribute_head_whose_node_falls_silent(cluster: Cluster, bucket: Fol
     lose_a_node(cluster, job, progress, 2, cable=True)
     assert "Photos: " in finish(cluster, job)
 
-    assert len(checkpoints(cluster, bucket, "model.safetensors")) == 6, "no epoch was done twice"
+    # The one that was under way may have got as far as its checkpoint.
+    assert len(checkpoints(cluster, bucket, "model.safetensors")) in (6, 7), "no epoch but one was done twice"
     out = bucket.under("out")
     with out:
         metrics = json.loads((out.pull() / "metrics.json").read_text("utf-8"))
@@ -117,7 +120,15 @@ def test_an_attribute_head_whose_node_falls_silent(cluster: Cluster, bucket: Fol
 def test_a_scorer_whose_node_dies(cluster: Cluster, bucket: Folder, tmp_path: Path) -> None:
     upload(bucket, write_inputs(tmp_path))
     where = ["--embeddings", f"{bucket}/embeddings", "--labels", f"{bucket}/labels.csv", "--out", f"{bucket}/out"]
-    small = ["--no-error-guided", "--no-early-stopping", "--rounds", "30", "--param", "num_leaves=7"]
+    small = [
+        "--no-error-guided",
+        "--no-early-stopping",
+        "--rounds",
+        "30",
+        "--param",
+        "num_leaves=7",
+        "learning_rate=0.3",
+    ]
     told = [*where, "--features", *FEATURES, *small, "--checkpoint-rounds", "3", *APART]
     job = cluster.submit("python", "-m", "training.train_scorer", *told)
     lose_a_node(cluster, job, f"^PUT /{bucket.path('out/checkpoints')}/.*/begun.json", 6, cable=False)

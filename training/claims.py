@@ -100,7 +100,7 @@ def carry_out(make: Callable[[], Any], run: Folder) -> Any:
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """In one line what a worker raised; what others raised because that one died says nothing."""
     failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "_base_exc", None) or failure for failure in failures.values()] or [error]
+    causes = [getattr(failure, "_base_exc", None) or failure for failure in failures.values()]
+    causes = causes or [getattr(error, "controller_failure", error)]
     own = [cause for cause in causes if not isinstance(cause, ray.exceptions.RayError)] or causes
-    text = str(own[0]).strip().splitlines()
-    return redact(f"{type(own[0]).__name__}: {text[0] if text else 'no message'}")[:300]
+    return redact(f"{type(own[0]).__name__}: {' '.join(str(own[0]).split()) or 'no message'}")[:400]
