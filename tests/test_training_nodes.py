@@ -128,6 +128,7 @@ def test_a_scorer_whose_node_dies(cluster: Cluster, bucket: Folder, tmp_path: Pa
         "--param",
         "num_leaves=7",
         "learning_rate=0.3",
+        "feature_fraction=0.5",
     ]
     told = [*where, "--features", *FEATURES, *small, "--checkpoint-rounds", "3", *APART]
     job = cluster.submit("python", "-m", "training.train_scorer", *told)
