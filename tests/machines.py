@@ -34,6 +34,8 @@ from tests import services
 from tests.ray_head import free_port
 
 PROGRAMS = {"ip": "iproute2", "nsenter": "util-linux", "setpriv": "util-linux", "unshare": "util-linux"}
+#: A process may have several switches at once, each with a cable to this computer.
+_CABLES = itertools.count(1)
 _UNSHARE = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
 #: What has to work for a machine to be made: files, a switch, a cable.
 _PROBE = """set -e
@@ -129,7 +131,7 @@ class Lab:
             self._switch = _first_child(switch, log)
             self._at_switch("ip", "link", "add", "switch", "type", "bridge")
             self._at_switch("ip", "link", "set", "switch", "up")
-            cable = f"pic{os.getpid()}"
+            cable = f"pic{os.getpid()}-{next(_CABLES)}"
             _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "uplink", "netns", str(self._switch))
             stack.callback(subprocess.run, ["ip", "link", "delete", cable], capture_output=True, check=False)
             _run("ip", "address", "add", f"{self.address}/24", "dev", cable)

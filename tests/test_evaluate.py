@@ -224,7 +224,8 @@ def test_embeddings_are_kept_for_the_same_bytes_and_encoders(tiny: Path, tmp_pat
     second.embed = lambda batch: pytest.fail("embedded a second time")  # type: ignore[method-assign]
     again = second.judge(reversed(data))
     np.testing.assert_array_equal(again.quality, before.quality[2::-1])
-    np.testing.assert_array_equal(again.attributes, before.attributes[2::-1])
+    # Products of other shapes are summed in another order: the last bits of float32 may differ.
+    np.testing.assert_allclose(again.attributes, before.attributes[2::-1], rtol=1e-6)
     with pytest.raises(pytest.fail.Exception):
         second.judge([_jpeg(np.zeros((64, 64, 3), np.uint8))])
 

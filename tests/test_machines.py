@@ -75,6 +75,14 @@ def call(lab: Lab, name: str, peer: Machine) -> str:
     return said(lab.boot(name, [sys.executable, "-c", CALL, peer.address], {}))
 
 
+def test_one_process_may_have_two_switches(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    with machines.lab(folders[0]) as one, machines.lab(folders[1]) as two:
+        assert not one.isolated or one.address != two.address
+
+
 @pytest.mark.parametrize("ends_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_stays_behind(tmp_path: Path, ends_by: signal.Signals) -> None:
     code = (
@@ -92,6 +100,6 @@ def test_nothing_stays_behind(tmp_path: Path, ends_by: signal.Signals) -> None:
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive and len(gone) == len(family)
     deadline = time.monotonic() + 30  # the kernel takes networks down a little later
-    while f"pic{owner.pid}" in psutil.net_if_addrs():
+    while any(name.startswith(f"pic{owner.pid}-") for name in psutil.net_if_addrs()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
