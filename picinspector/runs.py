@@ -53,8 +53,14 @@ _started_here = False
 _PACKAGES = ("ray", "torch", "open_clip_torch", "transformers", "lightgbm", "pyarrow", "fsspec", "s3fs", "pillow")
 
 
-def connect(address: str | None = None) -> None:
-    """Connect to the cluster at `address` or in `RAY_ADDRESS`, else start Ray on this machine. Idempotent."""
+def connect(address: str | None = None, dashboard: bool = False) -> None:
+    """Connect to the cluster at `address` or in `RAY_ADDRESS`, else start Ray on this machine. Idempotent.
+
+    Args:
+        address: of a cluster.
+        dashboard: whether a Ray that is started here has its dashboard, on a loopback address. Ray Train asks it at the
+            end of a training, and for 12 s where there is none.
+    """
     global _started_here
     if ray.is_initialized():
         return
@@ -68,7 +74,7 @@ def connect(address: str | None = None) -> None:
             _started_here = True
             for name, value in _RAY_SETTINGS.items():
                 os.environ.setdefault(name, value)
-            ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=dashboard, **quiet)
     # Ray Data logs every failure as a stack trace; it is raised as well, and the command line says it in one line.
     level = logging.INFO if os.environ.get("PICINSPECTOR_DEBUG") else logging.CRITICAL
     logging.getLogger("ray.data").setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,24 +39,15 @@ def s3_bucket(s3_server: s3.S3Server) -> str:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Ray on this machine, as a run without an address starts it; stopped when the session ends."""
+    """Ray on this machine, as a training without an address starts it; stopped when the session ends."""
     import ray
 
     from picinspector import runs
 
     os.environ.pop("RAY_ADDRESS", None)
-    runs.connect()
+    runs.connect(dashboard=True)
     yield
     ray.shutdown()
-
-
-@pytest.fixture
-def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train ends by waiting 12 s for an actor that asks the dashboard, and the tests' Ray has none."""
-    from ray.train.v2.api import data_parallel_trainer as trainer
-
-    impatient = functools.partial(trainer.PlacementGroupCleanerCallback, stop_timeout=0.1)
-    monkeypatch.setattr(trainer, "PlacementGroupCleanerCallback", impatient)
 
 
 @pytest.fixture

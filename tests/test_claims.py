@@ -46,27 +46,36 @@ def test_who_goes_on_takes_as_many_workers_as_began() -> None:
 class Trainer:
     """Makes so many checkpoints, each in a try of its own, and then fails for good."""
 
-    def __init__(self, run: Path, checkpoints: int) -> None:
-        self._run, self._left, self.tries = run, checkpoints, 0
+    def __init__(self, run: Path, checkpoints: int, failure: ray.train.TrainingFailedError) -> None:
+        self._run, self._left, self._failure, self.tries = run, checkpoints, failure, 0
 
     def fit(self) -> str:
         self.tries += 1
         if self._left == 0:
-            raise ray.train.WorkerGroupError(
-                "long\nstory", {0: ray.exceptions.RayActorError(), 1: ValueError("no model of this name\nand more")}
-            )
+            raise self._failure
         self._left -= 1
         (self._run / f"checkpoint_{self.tries}").mkdir(parents=True)
         raise ray.train.WorkerGroupError("a node went", {0: ray.exceptions.RayActorError()})
 
 
 def test_a_training_that_gets_on_is_tried_again_and_one_that_does_not_is_told(tmp_path: Path) -> None:
-    trainer = Trainer(tmp_path / "run", 3)
+    causes = {0: ray.exceptions.RayActorError(), 1: ValueError("no model of this name\nand more")}
+    trainer = Trainer(tmp_path / "run", 3, ray.train.WorkerGroupError("long\nstory", causes))
     with pytest.raises(PicInspectorError) as caught:
         carry_out(lambda: trainer, Folder(tmp_path / "run"))
     assert trainer.tries == 4
     assert str(caught.value).startswith("the training failed: ValueError: no model of this name and more; mend it")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("cause", "tries"), [(ray.exceptions.RayActorError(), 6), (OSError("no such bucket"), 4)])
+def test_a_worker_that_is_lost_while_others_start_is_forgiven_twice(
+    tmp_path: Path, cause: Exception, tries: int
+) -> None:
+    trainer = Trainer(tmp_path / "run", 3, ray.train.ControllerError(cause))
+    with pytest.raises(PicInspectorError, match=f"the training failed: {type(cause).__name__}: "):
+        carry_out(lambda: trainer, Folder(tmp_path / "run"))
+    assert trainer.tries == tries
 
 
 def test_what_it_comes_to(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_splits_are_made_by_content(tmp_path: Path) -> None:
     )
 
 
-def test_two_workers_train_a_head_and_resume(local_ray: None, quick_end: None, tmp_path: Path) -> None:
+def test_two_workers_train_a_head_and_resume(local_ray: None, tmp_path: Path) -> None:
     """What a training writes and has learnt; one that was stopped and went on has the same figures."""
     settings = dataclasses.replace(toy(tmp_path), workers=2)
     metrics = train(settings)
@@ -268,9 +268,7 @@ def figures(metrics: dict[str, Any]) -> str:
 # --- photos -----------------------------------------------------------------------------------------------------------
 
 
-def test_dinov2_is_fine_tuned_from_photos(
-    local_ray: None, quick_end: None, tmp_path: Path, s3_server: S3Server
-) -> None:
+def test_dinov2_is_fine_tuned_from_photos(local_ray: None, tmp_path: Path, s3_server: S3Server) -> None:
     """Brightness of plain photos, which a frozen random backbone hardly tells: to a bucket, and the pieces load."""
     options = s3_server.storage_options
     write_dinov2(tmp_path / "backbone", TINY_DINOV2, resize_px=64, crop_px=56)

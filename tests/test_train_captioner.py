@@ -74,7 +74,7 @@ def toy(tmp_path: Path, **changes: object) -> Settings:
 
 
 def test_a_small_one_is_trained_and_one_that_was_stopped_ends_the_same(
-    local_ray: None, quick_end: None, begun: None, tmp_path: Path, s3_server: S3Server
+    local_ray: None, begun: None, tmp_path: Path, s3_server: S3Server
 ) -> None:
     """The first here, the other from and to a bucket."""
     make_data(tmp_path / "data")
@@ -106,9 +106,7 @@ def test_a_small_one_is_trained_and_one_that_was_stopped_ends_the_same(
         train(dataclasses.replace(stopped, steps=8), options)
 
 
-def test_lora_learns_a_person_s_own_words(
-    local_ray: None, quick_end: None, untrained: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_lora_learns_a_person_s_own_words(local_ray: None, untrained: tuple[Any, Any], tmp_path: Path) -> None:
     """One sentence for every photo is soon learnt; the base's own weights stay as they were."""
     make_data(tmp_path / "data", text="Lovely light!")
     captioner_model.write(*untrained, PREPROCESS, tmp_path / "base", torch.float32)

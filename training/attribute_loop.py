@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,6 @@ import ray.train
 import ray.train.torch
 import torch
 from torch import nn
-from transformers import Dinov2Model
 
 from picinspector.device import pick_dtype, to_input
 from picinspector.preprocess import dinov2_preprocess
@@ -20,6 +19,9 @@ from training.attribute_data import crop_pixels, vectors_of
 from training.attribute_head import AttributeHead, masked_losses
 from training.checkpoints import restore, save
 from training.folders import Folder
+
+if TYPE_CHECKING:
+    from transformers import Dinov2Model
 
 #: Share of the steps in which the learning rates rise: shorter than torch's default of 0.3, as for ViTs.
 _RISING = 0.1
@@ -80,6 +82,8 @@ class Network(nn.Module):
 
 def load_backbone(folder: str, finetune_blocks: int) -> Dinov2Model:
     """A `Dinov2Model` in float32 of which only the last blocks and the final norm learn."""
+    from transformers import Dinov2Model  # seconds, which a head that learns from stored embeddings is spared
+
     model = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     model.requires_grad_(False)
     for block in model.encoder.layer[len(model.encoder.layer) - finetune_blocks :]:

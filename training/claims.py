@@ -20,6 +20,9 @@ _SETTINGS = "settings.json"
 #: Workers that die are started anew so often, on what nodes there are, and go on from the newest checkpoint. Nodes that
 #: a cloud takes back with a warning do not count.
 FAILURES = ray.train.FailureConfig(max_failures=2)
+#: How often Ray Train asks its workers how they are. It takes one checkpoint from them each time: with its own two
+#: seconds a head whose epochs take a tenth of that waits for most of its training.
+_POLL_S = 0.2
 
 
 def known_settings(out: Folder) -> dict[str, str]:
@@ -77,6 +80,9 @@ def claim(out: Folder, said: Mapping[str, str] | None = None) -> Iterator[lease.
 def carry_out(make: Callable[[], Any], run: Folder) -> Any:
     """What a trainer of Ray Train comes to; tried again from its newest checkpoint as long as each try made new ones.
 
+    Two tries without any are forgiven where it was none of the workers: Ray itself does not try again when a node is
+    lost while they start.
+
     Args:
         make: the trainer.
         run: the folder of its run.
@@ -84,17 +90,28 @@ def carry_out(make: Callable[[], Any], run: Folder) -> Any:
     Raises:
         PicInspectorError: it fails, and would fail again.
     """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
+    forgiven = 0
     while True:
         before = run.names()
         try:
             return make().fit()
         except ray.train.TrainingFailedError as error:
-            if run.names() <= before:
+            if run.names() - before:
+                forgiven = 0
+            elif _is_rays(error) and forgiven < FAILURES.max_failures:
+                forgiven += 1
+            else:
                 raise PicInspectorError(
                     f"the training failed: {_reason(error)}; mend it and submit the same command again, which goes on "
                     "from the newest checkpoint"
                 ) from error
             logs.event("training_goes_on", reason=_reason(error))
+
+
+def _is_rays(error: ray.train.TrainingFailedError) -> bool:
+    """Whether it was between Ray and the workers, and not in one of them."""
+    return isinstance(getattr(error, "controller_failure", None), ray.exceptions.RayError)
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:

@@ -38,7 +38,6 @@ from safetensors.torch import load_file
 from picinspector import runs
 from picinspector.attributes import AttributeHead, input_matrix
 from picinspector.bundle import open_bundle
-from picinspector.dinov2 import Dinov2Encoder
 from picinspector.errors import PicInspectorError, UsageError
 from picinspector.preprocess import DINOV2_CONFIG, dinov2_preprocess
 from picinspector.storage import StorageOptions, redact
@@ -146,7 +145,7 @@ def train(
     targets = read_targets(settings.labels, settings.mos_scale, storage_options)
     out = Folder(settings.out, storage_options)
     known = known_settings(out)
-    runs.connect()
+    runs.connect(dashboard=True)
     scaling = scale(known_workers(known, settings.workers), settings.cpus_per_worker, settings.gpus_per_worker)
     said = _said(settings, scaling.num_workers, storage_options)
     check_folder(out, said)
@@ -328,6 +327,8 @@ class EncodeCrops:
 
     def __init__(self, out: Folder) -> None:
         with out:
+            from picinspector.dinov2 import Dinov2Encoder
+
             self._encoder = Dinov2Encoder(out.pull("dinov2") / "dinov2")
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -105,7 +105,7 @@ def train(
     spec = captioner_model.PREPROCESS if settings.small else captioner_preprocess(_given(settings))
     data = Captions(cache.pull("facts.parquet", "crops.npy"))
     _check(settings, data, spec.crop.crop_px, cache)
-    runs.connect()
+    runs.connect(dashboard=True)
     scaling = scale(known_workers(known, settings.workers), settings.cpus_per_worker, settings.gpus_per_worker)
     said = {
         name: redact(str(value))

@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     recipe = recipe_of(args)
     out = Folder(args.out, args.storage_options)
-    runs.connect(args.address)
+    runs.connect(args.address, dashboard=True)
     data = load(args.embeddings, args.labels, args.features, args.storage_options, args.seed)
     print(data.summary, flush=True)
     with claim(out) as held:
