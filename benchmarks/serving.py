@@ -4,6 +4,9 @@ Latency of one client that asks again as soon as it is answered; photos a second
 job's embed step (start-up left out as in `benchmarks.pipeline`) in the same round; what happens when requests arrive at
 1, 2 and 5 times that rate, however slowly they are answered; and the memory of all the service's processes before
 and after. The client is on the same cores and its work counts against the service.
+
+The clients are aiohttp's. What a package registry has of load generators (locust, wrk, hey) asks again only when it is
+answered: a service that is slow is asked less, and its overload is not seen.
 """
 
 from __future__ import annotations
