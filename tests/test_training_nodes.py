@@ -21,8 +21,6 @@ from tests.test_train_captioner import make_data
 from tests.test_train_scorer import FEATURES, write_inputs
 from training.folders import Folder
 
-pytestmark = pytest.mark.slow
-
 #: Two workers that fill two nodes; whatever GPUs there are do not count.
 APART = ["--workers", "2", "--cpus-per-worker", "2"]
 ON_CPUS = [*APART, "--gpus-per-worker", "0"]
@@ -97,6 +95,7 @@ def finish(cluster: Cluster, job: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_an_attribute_head_whose_node_falls_silent(cluster: Cluster, bucket: Folder, tmp_path: Path) -> None:
     settings = toy(tmp_path)
     upload(bucket, tmp_path)
@@ -145,6 +144,7 @@ def test_a_scorer_whose_node_dies(cluster: Cluster, bucket: Folder, tmp_path: Pa
         assert Scorer(out.here / "scorer").label_max == metrics["label_range"][1]
 
 
+@pytest.mark.slow
 def test_a_captioner_whose_node_dies_and_whose_job_is_stopped(
     cluster: Cluster, bucket: Folder, captioned_bundle: Path, tmp_path: Path
 ) -> None:
