@@ -38,6 +38,9 @@ _RAY_SETTINGS = {
     "RAY_worker_maximum_startup_concurrency": "16",
     # Eight processes to read the footers of a handful of files cost two cores seven seconds.
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    # Ray Train takes one checkpoint from its workers each time it asks how they are. With its own two seconds, which a
+    # cluster needs to tell lost nodes from what they take along, a head with short epochs would mostly wait.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
 
 #: For the driver of a cluster. Ray Data starts 32 processes to read footers, however small the nodes and the table.
@@ -58,8 +61,8 @@ def connect(address: str | None = None, dashboard: bool = False) -> None:
 
     Args:
         address: of a cluster.
-        dashboard: whether a Ray that is started here has its dashboard, on a loopback address. Ray Train asks it at the
-            end of a training, and for 12 s where there is none.
+        dashboard: whether a Ray that is started here has its dashboard, on a loopback address, where that can be had.
+            Ray Train asks it at the end of a training, and for 12 s where there is none.
     """
     global _started_here
     if ray.is_initialized():
@@ -74,7 +77,12 @@ def connect(address: str | None = None, dashboard: bool = False) -> None:
             _started_here = True
             for name, value in _RAY_SETTINGS.items():
                 os.environ.setdefault(name, value)
-            ray.init(address="local", num_cpus=_cores() + _SPARE_CPUS, include_dashboard=dashboard, **quiet)
+            ray.init(
+                address="local",
+                num_cpus=_cores() + _SPARE_CPUS,
+                include_dashboard=None if dashboard else False,
+                **quiet,
+            )
     # Ray Data logs every failure as a stack trace; it is raised as well, and the command line says it in one line.
     level = logging.INFO if os.environ.get("PICINSPECTOR_DEBUG") else logging.CRITICAL
     logging.getLogger("ray.data").setLevel(level)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import ray
 import ray.train
+from ray._raylet import PlacementGroupID
+from ray.util import placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from picinspector import lease, logs
 from picinspector.errors import PicInspectorError, UsageError
@@ -20,9 +24,6 @@ _SETTINGS = "settings.json"
 #: Workers that die are started anew so often, on what nodes there are, and go on from the newest checkpoint. Nodes that
 #: a cloud takes back with a warning do not count.
 FAILURES = ray.train.FailureConfig(max_failures=2)
-#: How often Ray Train asks its workers how they are. It takes one checkpoint from them each time: with its own two
-#: seconds a head whose epochs take a tenth of that waits for most of its training.
-_POLL_S = 0.2
 
 
 def known_settings(out: Folder) -> dict[str, str]:
@@ -80,8 +81,8 @@ def claim(out: Folder, said: Mapping[str, str] | None = None) -> Iterator[lease.
 def carry_out(make: Callable[[], Any], run: Folder) -> Any:
     """What a trainer of Ray Train comes to; tried again from its newest checkpoint as long as each try made new ones.
 
-    Two tries without any are forgiven where it was none of the workers: Ray itself does not try again when a node is
-    lost while they start.
+    Two tries without any are forgiven where an actor was lost: Ray itself does not try again when that happens while
+    workers start.
 
     Args:
         make: the trainer.
@@ -90,16 +91,15 @@ def carry_out(make: Callable[[], Any], run: Folder) -> Any:
     Raises:
         PicInspectorError: it fails, and would fail again.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     forgiven = 0
     while True:
-        before = run.names()
+        before, groups = run.names(), set(placement_group_table())
         try:
             return make().fit()
         except ray.train.TrainingFailedError as error:
             if run.names() - before:
                 forgiven = 0
-            elif _is_rays(error) and forgiven < FAILURES.max_failures:
+            elif _lost_while_starting(error) and forgiven < FAILURES.max_failures:
                 forgiven += 1
             else:
                 raise PicInspectorError(
@@ -107,17 +107,35 @@ def carry_out(make: Callable[[], Any], run: Folder) -> Any:
                     "from the newest checkpoint"
                 ) from error
             logs.event("training_goes_on", reason=_reason(error))
+        _free_placement_groups(groups)
 
 
-def _is_rays(error: ray.train.TrainingFailedError) -> bool:
-    """Whether it was between Ray and the workers, and not in one of them."""
-    return isinstance(getattr(error, "controller_failure", None), ray.exceptions.RayError)
+def _free_placement_groups(others: Collection[str]) -> None:
+    """Hand back what a try held that failed while its workers started: Ray does so when this job ends, not before.
+
+    Args:
+        others: ids of those that the try did not make.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for number in set(placement_group_table()).difference(others):
+        if number.endswith(job):  # and is no other job's
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
+
+
+def _lost_while_starting(error: ray.train.TrainingFailedError) -> bool:
+    lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError)
+    return isinstance(_cause(getattr(error, "controller_failure", None)), lost)
+
+
+def _cause(failure: Any) -> Any:
+    """What was raised in the first place, by whatever it was wrapped on its way here."""
+    return getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """In one line what a worker raised; what others raised because that one died says nothing."""
     failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "_base_exc", None) or failure for failure in failures.values()]
-    causes = causes or [getattr(error, "controller_failure", error)]
+    causes = [_cause(failure) for failure in failures.values()]
+    causes = causes or [_cause(getattr(error, "controller_failure", error))]
     own = [cause for cause in causes if not isinstance(cause, ray.exceptions.RayError)] or causes
     return redact(f"{type(own[0]).__name__}: {' '.join(str(own[0]).split()) or 'no message'}")[:400]
