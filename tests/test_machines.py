@@ -50,7 +50,7 @@ def said(machine: Machine) -> str:
 def test_machines_share_the_image_and_the_network_alone(tmp_path: Path) -> None:
     (given := tmp_path / "given").mkdir()
     (given / "bundle").touch()
-    with machines.lab(tmp_path, [given]) as lab:
+    with machines.lab(tmp_path, [given, REPOSITORY, Path(sys.prefix)]) as lab:  # for a checkout below /tmp
         if not lab.isolated:
             assert any(line.startswith("services: machines = processes on loopback") for line in services.USED)
             return
@@ -59,7 +59,8 @@ def test_machines_share_the_image_and_the_network_alone(tmp_path: Path) -> None:
         for peer in peers:
             seen = json.loads(said(peer))
             assert seen["host"] == peer.name and seen["processes"] < 100
-            assert seen["tmp"] == ["hosts", tmp_path.parts[2]], "its own disk, and the way to what it is given"
+            ways = {path.parts[2] for path in lab.given}
+            assert seen["tmp"] == sorted({"hosts", *ways}), "its own disk, and the way to what it is given"
             assert seen["checkout"] == seen["given"] == "Read-only file system"
             assert seen["given files"] == ["bundle"]
         assert not Path("/tmp/mine").exists()
