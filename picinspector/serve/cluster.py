@@ -13,6 +13,7 @@ import grpc
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from picinspector import logs, machine, runs
@@ -85,17 +86,16 @@ def start(settings: Settings, bundle: Bundle) -> tuple[Any, Capacity]:
             f"{low} replicas do not fit this machine, {share.fitting} do; lower --replicas or --gpus-per-replica"
         )
     batch = pools.batch_size if share.gpus else _CPU_BATCH
-    # Of each replica one batch with the models and one with the decoders; and those that wait.
-    places = high * 2 * batch + settings.queue
+    in_hand = 2 * batch  # one batch with the models, one with the decoders
     fingerprints = {"encoder": bundle.encoder_fingerprint, "scorer": bundle.scorer_fingerprint}
     deployment = serve.deployment(
         Replica,
         name=_DEPLOYMENT,
         ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
-        # All wait in the replicas, and `Load` sees to it that they are not too many. Serve's own queue turns away some
-        # of many that come at once although there is room, and leaves a replica that was full alone for up to half a
-        # second: with 96 photos under way two cores judged 11 a second so, and judge 25 (measured, builtin bundle).
-        max_ongoing_requests=places,
+        max_ongoing_requests=in_hand,  # those that wait go to the first that has room; `Load` knows how many they are
+        # A replica that was full Serve leaves alone for longer and longer, up to half a second of its own accord: with
+        # 96 photos under way two cores judged 11 a second so, and judge 33 with this (measured, builtin bundle).
+        request_router_config=RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.02),
         autoscaling_config={"min_replicas": low, "max_replicas": high, "target_ongoing_requests": batch},
         graceful_shutdown_timeout_s=settings.rules.timeout_s,
     )
@@ -109,7 +109,7 @@ def start(settings: Settings, bundle: Bundle) -> tuple[Any, Capacity]:
         batch_size=batch,
         timeout_s=settings.rules.timeout_s,
     )
-    return _run(application, settings.name), Capacity(high * share.decoders, places)
+    return _run(application, settings.name), Capacity(high * share.decoders, high * in_hand + settings.queue)
 
 
 def _nodes(settings: Settings) -> list[dict[str, float]]:
